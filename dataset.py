@@ -1,0 +1,663 @@
+"""Datasets and loaders: every dataset names its task and is built by a row of ``DATASETS``.
+
+Small image sets are held in memory as 8-bit tensors and are cropped, flipped, resized and
+normalised a batch at a time; folders of images are decoded one by one through torchvision.
+"""
+
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, default_collate
+
+__all__ = [
+    "DATASETS",
+    "Data",
+    "DataError",
+    "DatasetEntry",
+    "EpochSampler",
+    "ImageArray",
+    "build_loader",
+    "load_data",
+    "split_train",
+]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".webp")
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or of the wrong form; the message says how to mend it."""
+
+
+@dataclass
+class Data:
+    """What a run needs to know of its data.
+
+    Attributes:
+        name: Name in ``DATASETS``.
+        task: Name of the task, e.g. "classification".
+        train: Training set.
+        test: Test set.
+        sample_shape: Shape of one input, e.g. (C, H, W).
+        num_outputs: Number of classes or output channels.
+        val: Part held out of the training set, if asked for.
+        class_names: Names of the classes.
+        notes: Lines the user should see once.
+        extra: What only one task needs.
+    """
+
+    name: str
+    task: str
+    train: Dataset | None
+    test: Dataset | None
+    sample_shape: tuple[int, ...]
+    num_outputs: int
+    val: Dataset | None = None
+    class_names: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images in memory
+
+
+class ImageArray(Dataset):
+    """Labelled images in memory, transformed a batch at a time.
+
+    Order of the steps: crop and flip, resize, add noise, normalise.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        side: Resize to side × side (bilinear, antialiased); None keeps the size.
+        crop: Pad by an eighth of the side and crop back at a random place.
+        flip: Flip left to right with probability 1/2.
+        noise: Standard deviation of Gaussian noise added to pixels in [0, 1].
+        noise_seed: Draw the noise of sample i from seed ``noise_seed + i`` (repeatable, for
+            evaluation); None draws afresh.
+        mean: Per-channel mean of pixels in [0, 1] to subtract; None leaves pixels in [0, 1].
+        std: Per-channel standard deviation to divide by.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        side: int | None = None,
+        crop: bool = False,
+        flip: bool = False,
+        noise: float = 0.0,
+        noise_seed: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.side, self.crop, self.flip = side, crop, flip
+        self.noise, self.noise_seed = noise, noise_seed
+        self.mean = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
+        self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a whole batch: images (B, C, H, W) float32 and labels (B,)."""
+        indices = torch.as_tensor(indices)
+        images = self.images[indices].float().div_(255)
+        if self.crop:
+            images = random_crop(images, padding=max(1, images.shape[-1] // 8))
+        if self.flip:
+            flipped = torch.rand(len(images)) < 0.5
+            images[flipped] = images[flipped].flip(-1)
+        if self.side is not None and images.shape[-2:] != (self.side, self.side):
+            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        if self.noise > 0:
+            images += self.noise * self._draw_noise(images, indices)
+        if self.mean is not None:
+            images.sub_(self.mean).div_(self.std)
+        return images, self.labels[indices]
+
+    def _draw_noise(self, images: Tensor, indices: Tensor) -> Tensor:
+        if self.noise_seed is None:
+            return torch.randn(images.shape)
+        generator = torch.Generator()
+        return torch.stack(
+            [
+                torch.randn(images.shape[1:], generator=generator.manual_seed(self.noise_seed + i))
+                for i in indices.tolist()
+            ]
+        )
+
+    def replaced(self, images: Tensor, labels: Tensor, **changes: Any) -> "ImageArray":
+        """Return a set of other images with the same transforms, but for ``changes``."""
+        options = {
+            "side": self.side,
+            "crop": self.crop,
+            "flip": self.flip,
+            "noise": self.noise,
+            "noise_seed": self.noise_seed,
+            "mean": None if self.mean is None else self.mean.flatten().tolist(),
+            "std": None if self.std is None else self.std.flatten().tolist(),
+        }
+        return ImageArray(images, labels, **(options | changes))
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Pad by zeros and crop every image of a batch back to its size at a place of its own."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, [padding] * 4)
+    top, left = torch.randint(0, 2 * padding + 1, (2, b, 1))
+    rows = (top + torch.arange(h))[:, :, None]
+    columns = (left + torch.arange(w))[:, None, :]
+    cropped = padded[torch.arange(b)[:, None, None], :, rows, columns]  # (B, H, W, C)
+    return cropped.permute(0, 3, 1, 2).contiguous()
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel of uint8 images, on the [0, 1] scale."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        average = (counts * levels).sum() / counts.sum()
+        mean.append(average.item())
+        variance = (counts * (levels - average) ** 2).sum() / counts.sum()
+        std.append(max(variance.sqrt().item(), 1e-6))
+    return mean, std
+
+
+def build_array_data(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    class_names: Sequence[str],
+    *,
+    resize: int | None,
+    min_side: int,
+    augment: bool,
+    flip: bool,
+    noise: float,
+    normalize: bool,
+    seed: int,
+) -> Data:
+    """Wrap in-memory images as classification data.
+
+    Args:
+        name: Name of the dataset.
+        train: Images (N, C, H, W) uint8 and labels (N,).
+        test: The same for testing.
+        class_names: One name per class.
+        resize: Side to resize to; None keeps the size, or goes up to ``min_side``.
+        min_side: The smallest side the model accepts.
+        augment: Random crops (and flips) in training.
+        flip: Whether a mirrored image is still of its class.
+        noise: Standard deviation of Gaussian noise on pixels in [0, 1], in training and testing.
+        normalize: Subtract the training set's mean and divide by its standard deviation.
+        seed: Seed of the test noise.
+    """
+    _, c, h, w = train[0].shape
+    notes = []
+    side = resize
+    if resize is None and min(h, w) < min_side:
+        side = min_side
+        notes.append(
+            f"{name} images are {h}x{w}; the model needs at least {min_side}x{min_side}, "
+            f"so they are resized up (--resize chooses another size)."
+        )
+    mean, std = channel_statistics(train[0]) if normalize else (None, None)
+    common = {"side": side, "noise": noise, "mean": mean, "std": std}
+    return Data(
+        name=name,
+        task="classification",
+        train=ImageArray(*train, crop=augment, flip=augment and flip, **common),
+        test=ImageArray(*test, noise_seed=seed, **common),
+        sample_shape=(c, h, w) if side is None else (c, side, side),
+        num_outputs=len(class_names),
+        class_names=tuple(class_names),
+        notes=notes,
+    )
+
+
+def load_torchvision(data_path: str, class_name: str, files: Sequence[str]) -> tuple:
+    """Read a torchvision dataset, downloading it first if it is not there.
+
+    A download goes to a temporary folder and is moved when it is complete.
+
+    Args:
+        data_path: Folder that holds the data.
+        class_name: Name in ``torchvision.datasets``.
+        files: What must be below ``data_path``, for the error message; archives among them
+            are used if they are there.
+
+    Returns:
+        The training and the test dataset.
+    """
+    import torchvision
+
+    cls = getattr(torchvision.datasets, class_name)
+    root = Path(data_path)
+    wanted = "\n  ".join(str(root / file) for file in files)
+
+    def read() -> tuple:
+        try:
+            return cls(root, train=True), cls(root, train=False)
+        except RuntimeError as missing:
+            if "not found" in str(missing).lower():
+                raise FileNotFoundError from missing
+            raise
+
+    try:
+        try:
+            return read()
+        except FileNotFoundError:
+            print(f"{class_name} is not in {root}: downloading it")
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as temporary:
+            for file in files:  # archives that are already here need no download
+                if (root / file).is_file():
+                    link = Path(temporary, file)
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to((root / file).resolve())
+            cls(temporary, train=True, download=True)
+            for source in sorted(Path(temporary).rglob("*")):
+                if source.is_file() and not source.is_symlink():
+                    target = root / source.relative_to(temporary)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(source, target)
+        return read()
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise DataError(
+            f"{class_name} could not be read or downloaded ({type(error).__name__}: {error}). "
+            f"Put these files there by hand, then run again:\n  {wanted}"
+        ) from error
+
+
+def to_image_tensor(images: Any) -> Tensor:
+    """Turn (N, H, W) or (N, H, W, C) 8-bit images into a (N, C, H, W) tensor."""
+    images = torch.as_tensor(np.asarray(images))
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images.contiguous()
+
+
+def _torchvision_builder(
+    name: str, class_name: str, files: Sequence[str], *, flip: bool
+) -> Callable[..., Data]:
+    def build(*, data_path: str, **options: Any) -> Data:
+        train, test = load_torchvision(data_path, class_name, files)
+        arrays = [
+            (to_image_tensor(part.data), torch.as_tensor(part.targets, dtype=torch.int64))
+            for part in (train, test)
+        ]
+        return build_array_data(name, *arrays, train.classes, flip=flip, **options)
+
+    return build
+
+
+def build_digits(*, data_path: str, **options: Any) -> Data:
+    """Load scikit-learn's 1,797 handwritten digits (8×8); every fifth one is for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = to_image_tensor((digits.images * (255 / 16)).round().astype(np.uint8))
+    labels = torch.as_tensor(digits.target, dtype=torch.int64)
+    test = torch.arange(len(labels)) % 5 == 4
+    return build_array_data(
+        "digits",
+        (images[~test], labels[~test]),
+        (images[test], labels[test]),
+        [str(n) for n in digits.target_names],
+        flip=False,
+        **options,
+    )
+
+
+def build_npz(*, data_path: str, **options: Any) -> Data:
+    """Load ``x_train, y_train, x_test, y_test`` (and ``class_names``) from one ``.npz`` file."""
+    path = Path(data_path)
+    if path.suffix != ".npz" or not path.is_file():
+        raise DataError(
+            f"--dataset npz reads one file: --data_path must name an existing .npz file "
+            f"(got {data_path})."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged, or no .npz file: {error}") from error
+
+    missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
+    if missing:
+        raise DataError(
+            f"{path} lacks {', '.join(sorted(missing))}; it holds "
+            f"{', '.join(sorted(arrays)) or 'nothing'}."
+        )
+    parts = []
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if (
+            x.dtype != np.uint8
+            or x.ndim not in (3, 4)
+            or (x.ndim == 4 and x.shape[3] not in (1, 3))
+        ):
+            raise DataError(
+                f"{path}: x_{part} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), "
+                f"got {x.dtype} {x.shape}."
+            )
+        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+            raise DataError(
+                f"{path}: y_{part} must hold one integer per image, ({len(x)},), "
+                f"got {y.dtype} {y.shape}."
+            )
+        if len(x) == 0:
+            raise DataError(f"{path}: x_{part} is empty.")
+        parts.append((to_image_tensor(x), torch.as_tensor(y.astype(np.int64))))
+    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        raise DataError(
+            f"{path}: training and test images differ in shape: "
+            f"{tuple(parts[0][0].shape[1:])} and {tuple(parts[1][0].shape[1:])} (C, H, W)."
+        )
+    lowest = min(int(y.min()) for _, y in parts)
+    highest = max(int(y.max()) for _, y in parts)
+    names = arrays.get("class_names")
+    num_classes = highest + 1 if names is None else len(names)
+    if lowest < 0 or highest >= num_classes:
+        raise DataError(
+            f"{path}: labels must lie in 0 … {num_classes - 1}, found {lowest} … {highest}."
+        )
+    names = [str(i) for i in range(num_classes)] if names is None else [str(n) for n in names]
+    return build_array_data("npz", *parts, names, flip=True, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of images
+
+
+def _load_image(path: str) -> Any:
+    from PIL import Image
+
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+    except OSError as error:  # UnidentifiedImageError is one
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+
+
+class _AddNoise:
+    """Add Gaussian noise to a float image in [0, 1]; with a seed, the same for every image."""
+
+    def __init__(self, sigma: float, seed: int | None) -> None:
+        self.sigma, self.seed = sigma, seed
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if self.seed is None:
+            return image + self.sigma * torch.randn(image.shape)
+        generator = torch.Generator().manual_seed(self.seed)
+        return image + self.sigma * torch.randn(image.shape, generator=generator)
+
+
+def _folder_transforms(
+    side: int, *, augment: bool, noise: float, normalize: bool, seed: int
+) -> tuple[Callable, Callable]:
+    from torchvision.transforms import v2
+
+    def finish(noise_seed: int | None) -> list[Callable]:
+        steps: list[Callable] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        if noise > 0:
+            steps.append(_AddNoise(noise, noise_seed))
+        if normalize:
+            steps.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
+        return [*steps, v2.ToPureTensor()]
+
+    center = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+    random = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
+    return (
+        v2.Compose((random if augment else center) + finish(None)),
+        v2.Compose(center + finish(seed)),
+    )
+
+
+def _build_folders(
+    name: str,
+    make: Callable[[str, Callable], Dataset],
+    *,
+    resize: int | None,
+    min_side: int,
+    augment: bool,
+    noise: float,
+    normalize: bool,
+    seed: int,
+) -> Data:
+    side = resize or max(224, min_side)
+    options = {"augment": augment, "noise": noise, "normalize": normalize, "seed": seed}
+    train_transform, test_transform = _folder_transforms(side, **options)
+    train, test = make("train", train_transform), make("test", test_transform)
+    if train.classes != test.classes:
+        differing = set(train.classes) ^ set(test.classes)
+        raise DataError(
+            f"the class folders for training and testing differ: {', '.join(sorted(differing))}."
+        )
+    classes = [c if isinstance(c, str) else c[0] for c in train.classes]
+    return Data(
+        name=name,
+        task="classification",
+        train=train,
+        test=test,
+        sample_shape=(3, side, side),
+        num_outputs=len(classes),
+        class_names=tuple(classes),
+        extra={"evaluation_train": make("train", test_transform)},
+    )
+
+
+def build_imagefolder(*, data_path: str, **options: Any) -> Data:
+    """Load ``<data_path>/train/<class>/*`` and ``<data_path>/test|val/<class>/*``."""
+    from torchvision.datasets import ImageFolder
+
+    def make(part: str, transform: Callable) -> Dataset:
+        names = ("train",) if part == "train" else ("test", "val")
+        folder = next((Path(data_path, n) for n in names if Path(data_path, n).is_dir()), None)
+        if folder is None:
+            raise DataError(
+                f"--dataset imagefolder needs {Path(data_path, names[0])}/<class>/*"
+                + ("." if part == "train" else " (or val/<class>/*).")
+            )
+        try:
+            return ImageFolder(folder, transform=transform, loader=_load_image)
+        except FileNotFoundError as error:
+            raise DataError(f"{folder}: {error}") from error
+
+    return _build_folders("imagefolder", make, **options)
+
+
+def build_imagenet(*, data_path: str, **options: Any) -> Data:
+    """Load ImageNet 2012: ``train/`` and ``val/`` class folders, or the official archives."""
+    if Path(data_path, "train").is_dir() and Path(data_path, "val").is_dir():
+        data = build_imagefolder(data_path=data_path, **options)
+        data.name = "imagenet"
+        return data
+    import torchvision
+
+    def make(part: str, transform: Callable) -> Dataset:
+        try:
+            return torchvision.datasets.ImageNet(
+                data_path,
+                split="train" if part == "train" else "val",
+                transform=transform,
+                loader=_load_image,
+            )
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"ImageNet is not in {data_path}: put ILSVRC2012_img_train.tar, "
+                "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz there (they need an "
+                "account at image-net.org), or train/<class>/* and val/<class>/*. "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    return _build_folders("imagenet", make, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A row of ``DATASETS``: the task and the function that builds the data."""
+
+    task: str
+    build: Callable[..., Data]
+
+
+_MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+DATASETS: dict[str, DatasetEntry] = {
+    name: DatasetEntry("classification", build)
+    for name, build in {
+        "cifar10": _torchvision_builder(
+            "cifar10", "CIFAR10", ["cifar-10-python.tar.gz"], flip=True
+        ),
+        "cifar100": _torchvision_builder(
+            "cifar100", "CIFAR100", ["cifar-100-python.tar.gz"], flip=True
+        ),
+        "imagenet": build_imagenet,
+        "mnist": _torchvision_builder(
+            "mnist", "MNIST", [f"MNIST/raw/{file}.gz" for file in _MNIST_FILES], flip=False
+        ),
+        "fashionmnist": _torchvision_builder(
+            "fashionmnist",
+            "FashionMNIST",
+            [f"FashionMNIST/raw/{file}.gz" for file in _MNIST_FILES],
+            flip=True,
+        ),
+        "digits": build_digits,
+        "imagefolder": build_imagefolder,
+        "npz": build_npz,
+    }.items()
+}
+
+
+def load_data(name: str, **options: Any) -> Data:
+    """Build a dataset of ``DATASETS`` by name.
+
+    Args:
+        name: The dataset.
+        **options: What its builder takes.
+
+    Raises:
+        DataError: If files are missing, damaged or of the wrong form.
+    """
+    return DATASETS[name].build(**options)
+
+
+def limit(dataset: Dataset, count: int | None) -> Dataset:
+    """Keep the first ``count`` samples; None keeps all."""
+    if count is None or count >= len(dataset):
+        return dataset
+    if isinstance(dataset, ImageArray):
+        return dataset.replaced(dataset.images[:count], dataset.labels[:count])
+    return Subset(dataset, range(count))
+
+
+def split_train(data: Data, fraction: float, seed: int) -> Data:
+    """Hold a random part of the training set out as ``data.val``, without its augmentation.
+
+    Args:
+        data: The data; its test set is left alone.
+        fraction: The part to hold out, in (0, 1).
+        seed: Seed of the choice.
+    """
+    n = len(data.train)
+    held_out = round(n * fraction)
+    if not 0 < held_out < n:
+        raise DataError(
+            f"--val_split {fraction} leaves {n - held_out} training and {held_out} validation "
+            f"samples of {n}: both must be at least 1."
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    val, train = order[:held_out].sort().values, order[held_out:].sort().values
+    if isinstance(data.train, ImageArray):
+        array = data.train
+        return replace(
+            data,
+            train=array.replaced(array.images[train], array.labels[train]),
+            val=array.replaced(
+                array.images[val], array.labels[val], crop=False, flip=False, noise_seed=seed
+            ),
+        )
+    plain = data.extra.get("evaluation_train", data.train)
+    return replace(data, train=Subset(data.train, train.tolist()), val=Subset(plain, val.tolist()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Loaders
+
+
+class EpochSampler(RandomSampler):
+    """A random order that depends on the seed and the epoch alone, so that a run can be resumed."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.seed = seed
+        super().__init__(dataset, generator=torch.Generator())
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.generator.manual_seed(self.seed * 1_000_003 + epoch)
+
+
+def _collate(batch: Any) -> Any:
+    """Pass on what came as a batch already; stack single samples."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
+
+
+def build_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = -1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Build a loader.
+
+    Args:
+        dataset: The data.
+        batch_size: Samples per batch; the last batch may be shorter.
+        shuffle: Draw a new order every epoch (see :class:`EpochSampler`).
+        seed: Seed of that order and of the workers.
+        num_workers: Loading processes; -1 means none for data in memory and up to 4 otherwise.
+        pin_memory: Page-locked memory, for copies to a GPU.
+    """
+    if num_workers < 0:
+        base = dataset.dataset if isinstance(dataset, Subset) else dataset
+        num_workers = 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(dataset, seed) if shuffle else None,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),
+    )

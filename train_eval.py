@@ -1,0 +1,620 @@
+"""The shared training and evaluation loop, its tasks, checkpoints and run logs.
+
+A *task* knows what a batch means: how it is prepared, its loss, its metrics and its line in the
+results file. A *trainer* knows how a model learns from a batch: by gradient or by growth. The loop
+in :func:`fit` knows neither.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from utils import (
+    CsvLog,
+    atomic_path,
+    get_random_state,
+    plot_learning_curves,
+    save_checkpoint,
+    set_random_state,
+    write_text,
+)
+
+__all__ = [
+    "ClassificationTask",
+    "GradientTrainer",
+    "GrowthTrainer",
+    "Progress",
+    "RunFolder",
+    "Task",
+    "Trainer",
+    "TrainingError",
+    "build_optimizer",
+    "build_scheduler",
+    "evaluate",
+    "fit",
+    "load_checkpoint",
+]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and what is saved."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Tasks
+
+
+class Task(Protocol):
+    """What a batch means.
+
+    Attributes:
+        name: "classification", "denoising", …
+        headline: The metric whose maximum makes a checkpoint the best one.
+        headline_name: Its name in the results file, e.g. "Accuracy".
+        headline_unit: Its unit there, e.g. "%".
+    """
+
+    name: str
+    headline: str
+    headline_name: str
+    headline_unit: str
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Any, Any]:
+        """Move a loader's batch to the device: (inputs, targets)."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Return the scalar that is minimised, the mean over samples; None where there is none."""
+
+    def metrics(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return one value per sample, (B,), for every metric."""
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the results file."""
+
+
+class ClassificationTask:
+    """One class per sample; cross-entropy, or squared error against the one-hot class.
+
+    Args:
+        num_classes: Number of classes.
+        criterion: "CrossEntropy", "MSE", or None for models that grow: no loss is reported.
+    """
+
+    name = "classification"
+    headline, headline_name, headline_unit = "top1", "Accuracy", "%"
+
+    def __init__(self, num_classes: int, criterion: str | None = "CrossEntropy") -> None:
+        self.num_classes, self.criterion = num_classes, criterion
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Move images and labels to the device."""
+        images, labels = batch
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return the mean loss of scores (B, classes) for labels (B,), in float32."""
+        if self.criterion is None:
+            return None
+        if self.criterion == "MSE":
+            one_hot = F.one_hot(targets, self.num_classes).to(torch.float32)
+            return F.mse_loss(outputs.float(), one_hot)
+        return F.cross_entropy(outputs.float(), targets)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return 100 where the class is the best, or among the best five, and 0 elsewhere."""
+        best = outputs.topk(min(5, self.num_classes), dim=1).indices
+        hits = (best == targets[:, None]).float() * 100
+        return {"top1": hits[:, 0], "top5": hits.sum(1)}
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the results file."""
+        loss = f"Loss: {metrics['loss']:.8f} " if "loss" in metrics else ""
+        return f"{loss}Accuracy: Top1: {metrics['top1']:.4f}%, Top5: {metrics['top5']:.4f}%"
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers and schedules
+
+
+def build_optimizer(
+    model: nn.Module, name: str, *, lr: float, weight_decay: float, momentum: float
+) -> torch.optim.Optimizer:
+    """Build an optimizer over all trainable parameters.
+
+    Args:
+        model: The network.
+        name: "adam", "adamw" (decoupled weight decay) or "sgd".
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        momentum: Momentum of sgd.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # One pass over each parameter instead of a dozen: an AdamW step of VGG costs a third.
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    options = {"lr": lr, "weight_decay": weight_decay, "fused": fused}
+    if name == "sgd":
+        return torch.optim.SGD(parameters, momentum=momentum, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, **options)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    *,
+    num_epochs: int,
+    lr_step: int,
+    lr_gamma: float,
+) -> torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None:
+    """Build a schedule that is stepped once an epoch.
+
+    All but plateau are functions of the epoch alone, so that a resumed run may have another
+    number of epochs.
+
+    Args:
+        optimizer: What it steers.
+        name: "step" (× lr_gamma every lr_step epochs), "cosine" (to 0 over num_epochs), "plateau"
+            (× lr_gamma when the headline metric has not risen for lr_step epochs) or "none".
+        num_epochs: Length of the run.
+        lr_step: See name.
+        lr_gamma: See name.
+    """
+    if name == "none":
+        return None
+    if name == "plateau":
+        # The published runs watched accuracy with mode "min", which lowers the rate as it rises.
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode="max", factor=lr_gamma, patience=lr_step
+        )
+    factors: dict[str, Callable[[int], float]] = {
+        "step": lambda epoch: lr_gamma ** (epoch // lr_step),
+        "cosine": lambda epoch: (
+            0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / num_epochs)).item())
+        ),
+    }
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name])
+
+
+# ---------------------------------------------------------------------------------------------
+# Two ways to learn from a batch
+
+
+class Trainer(Protocol):
+    """How a model learns from a batch."""
+
+    model: nn.Module
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """Learn from a batch; return per-sample metrics (B,)."""
+
+    def check(self, epoch: int, step: int) -> None:
+        """Raise TrainingError if what was learnt since the last check is not finite."""
+
+    def end_epoch(self, headline: float) -> bool:
+        """Finish an epoch, told the headline metric; return True when there is no more to learn."""
+
+    def columns(self) -> dict[str, float]:
+        """Return what else an epoch's row should hold, e.g. the learning rate."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the model that a resumed run needs."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+
+
+def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
+    """Mixed precision: float16 on GPUs, bfloat16 on the CPU."""
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+class GradientTrainer:
+    """Gradient descent with mixed precision and gradient clipping.
+
+    Args:
+        model: The network, on its device.
+        task: What a batch means.
+        optimizer: Its optimizer.
+        scheduler: Its schedule, stepped once an epoch, or None.
+        device: Where it runs.
+        amp: Mixed precision (see :func:`autocast`), with loss scaling on CUDA.
+        clip_grad_norm: Largest norm of all gradients together; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        *,
+        device: torch.device,
+        amp: bool = False,
+        clip_grad_norm: float = 1.0,
+    ) -> None:
+        self.model, self.task, self.device, self.amp = model, task, device, amp
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.clip_grad_norm = clip_grad_norm
+        self.scaler = torch.amp.GradScaler("cuda", enabled=amp and device.type == "cuda")
+        self._losses: list[Tensor] = []
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """Take one gradient step; return per-sample metrics (B,)."""
+        inputs, targets = self.task.prepare(batch, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.amp):
+            outputs = self.model(inputs)
+            loss = self.task.loss(outputs, targets)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._losses.append(loss.detach())
+        with torch.no_grad():
+            metrics = self.task.metrics(outputs.detach(), targets)
+        count = len(next(iter(metrics.values())))
+        return {"loss": loss.detach().expand(count), **metrics}
+
+    def check(self, epoch: int, step: int) -> None:
+        """Raise TrainingError if a loss since the last check is not finite."""
+        if not self._losses:
+            return
+        finite = torch.stack(self._losses).isfinite().tolist()
+        first = step - len(finite) + 1
+        self._losses.clear()
+        if not all(finite):
+            raise TrainingError(
+                f"the loss is not finite in epoch {epoch}, step {first + finite.index(False)}. "
+                "Try a smaller --lr, or --clip_grad_norm 1.0; without --use_amp numbers have "
+                "more range."
+            )
+
+    def end_epoch(self, headline: float) -> bool:
+        """Step the schedule."""
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(headline)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+        return False
+
+    def columns(self) -> dict[str, float]:
+        """Return the learning rate."""
+        return {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of optimizer, schedule and loss scaling."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else _plain(self.scheduler.state_dict()),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep of a scheduler's state what loads with ``weights_only=True``."""
+    kinds = (bool, int, float, str, list, type(None))
+    return {k: v for k, v in state.items() if isinstance(v, kinds) and k != "lr_lambdas"}
+
+
+class GrowthTrainer:
+    """Learning without gradients: the model adds what it still gets wrong.
+
+    The model offers ``grow(inputs, targets) -> outputs``: its outputs for the batch once it has
+    learnt it.
+
+    Args:
+        model: The growing model.
+        task: What a batch means.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, *, device: torch.device) -> None:
+        self.model, self.task, self.device = model, task, device
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """Grow by a batch; return per-sample metrics (B,) afterwards."""
+        inputs, targets = self.task.prepare(batch, self.device)
+        with torch.no_grad():
+            outputs = self.model.grow(inputs, targets)
+            return self.task.metrics(outputs, targets)
+
+    def check(self, epoch: int, step: int) -> None:
+        """Do nothing: growth has no loss that could diverge."""
+
+    def end_epoch(self, headline: float) -> bool:
+        """Return True when the model says that there is no more to learn."""
+        return bool(getattr(self.model, "finished", False))
+
+    def columns(self) -> dict[str, float]:
+        """Return the number of centers, if the model counts them."""
+        count = getattr(self.model, "num_centers", None)
+        return {} if count is None else {"centers": int(count)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: all of the state is the model's."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take nothing back."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Loops
+
+
+class _Averages:
+    """Averages of per-sample values; every sample counts the same. Stays on the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, values in metrics.items():
+            dtype = torch.float32 if values.device.type == "mps" else torch.float64
+            total = values.detach().to(dtype).sum()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.count += len(next(iter(metrics.values())))
+
+    def result(self) -> dict[str, float]:
+        return {name: (total / self.count).item() for name, total in self.sums.items()}
+
+
+def _progress(loader: DataLoader, text: str, limit: int | None) -> Iterator[Any]:
+    """Iterate with a bar where a person is watching, and with none in a log file."""
+    total = len(loader) if limit is None else min(limit, len(loader))
+    bar = tqdm(loader, desc=text, total=total, leave=False, disable=None, dynamic_ncols=True)
+    for index, batch in enumerate(bar):
+        if index == total:
+            break
+        yield batch
+    bar.close()
+
+
+CHECK_EVERY = 50  # steps between two looks at the losses: a look waits for the GPU
+
+
+def train_one_epoch(
+    trainer: Trainer, loader: DataLoader, *, epoch: int, max_steps: int | None = None
+) -> dict[str, float]:
+    """Train for one epoch; return metrics averaged over samples, and ``samples``."""
+    trainer.model.train()
+    averages, step = _Averages(), 0
+    for step, batch in enumerate(_progress(loader, f"epoch {epoch}", max_steps), start=1):
+        averages.add(trainer.step(batch))
+        if step % CHECK_EVERY == 0:
+            trainer.check(epoch, step)
+    trainer.check(epoch, step)
+    return averages.result() | {"samples": averages.count}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    loader: DataLoader,
+    *,
+    device: torch.device,
+    amp: bool = False,
+    max_batches: int | None = None,
+    text: str = "evaluate",
+) -> dict[str, float]:
+    """Evaluate a model; return metrics averaged over samples, ``loss`` first where there is one."""
+    model.eval()
+    averages = _Averages()
+    for batch in _progress(loader, text, max_batches):
+        inputs, targets = task.prepare(batch, device)
+        with autocast(device, amp):
+            outputs = model(inputs)
+            loss = task.loss(outputs, targets)
+        metrics = task.metrics(outputs, targets)
+        if loss is not None:
+            metrics = {"loss": loss.expand(len(next(iter(metrics.values())))), **metrics}
+        averages.add(metrics)
+    return averages.result()
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; part of every checkpoint."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_value: float = float("-inf")
+    history: list[dict[str, float]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    times: list[dict[str, float]] = field(default_factory=list)
+
+
+class RunFolder:
+    """The files of one run (DESIGN: args.txt, model.txt, results, CSV, checkpoints, curves).
+
+    Args:
+        path: The folder; created by :meth:`start`.
+    """
+
+    RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
+    LAST, BEST, TEST, CURVES = "last.pt", "best.pt", "test_results.txt", "curves.png"
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+
+    def holds_run(self) -> bool:
+        """Say whether an earlier run left results here."""
+        names = (self.LAST, self.BEST, self.METRICS, self.TEST)
+        return any((self.path / name).exists() for name in names)
+
+    def start(self, args_text: str, model_text: str, progress: Progress) -> None:
+        """Write args.txt and model.txt, and the logs as far as they are known."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "args.txt", args_text)
+        write_text(self.path / "model.txt", model_text)
+        if not progress.history:
+            for name in (self.LAST, self.BEST, self.TEST, self.CURVES):
+                (self.path / name).unlink(missing_ok=True)
+        write_text(self.path / self.RESULTS, "".join(f"{line}\n" for line in progress.lines))
+        self.metrics = CsvLog(self.path / self.METRICS, progress.history)
+        self.timing = CsvLog(self.path / self.TIMING, progress.times)
+
+    def write_line(self, line: str) -> None:
+        """Append a line to the results file and show it."""
+        tqdm.write(line)
+        with open(self.path / self.RESULTS, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+    def save(self, checkpoint: Mapping[str, Any], *, best: bool) -> None:
+        """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far."""
+        save_checkpoint(self.path / self.LAST, checkpoint)
+        if best:
+            with atomic_path(self.path / self.BEST) as temporary:
+                temporary.unlink()
+                try:
+                    os.link(self.path / self.LAST, temporary)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(self.path / self.LAST, temporary)
+
+    def log_epoch(self, progress: Progress) -> None:
+        """Write what the last epoch measured."""
+        self.write_line(progress.lines[-1])
+        self.metrics.append(progress.history[-1])
+        self.timing.append(progress.times[-1])
+        plot_learning_curves(
+            progress.history,
+            self.path / self.CURVES,
+            eval_name="val" if any(k.startswith("val_") for k in progress.history[-1]) else "test",
+        )
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Load a checkpoint to the CPU, tensors and plain types only.
+
+    Raises:
+        ValueError: If the file is missing, damaged or no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no checkpoint {path}.") from error
+    except Exception as error:  # torch.load documents no error types: zip, pickle, EOF, runtime
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint or "args" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of this program (it lacks 'model' and 'args').")
+    return checkpoint
+
+
+def restore(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Progress:
+    """Put model, trainer and generators where a checkpoint left them."""
+    trainer.model.load_state_dict(checkpoint["model"])
+    trainer.load_state_dict(checkpoint["trainer"])
+    set_random_state(checkpoint["random_state"])
+    return Progress(**checkpoint["progress"])
+
+
+def fit(
+    trainer: Trainer,
+    task: Task,
+    train_loader: DataLoader,
+    eval_loader: DataLoader,
+    run: RunFolder,
+    progress: Progress,
+    *,
+    num_epochs: int,
+    args: Mapping[str, Any],
+    device: torch.device,
+    amp: bool = False,
+    eval_name: str = "test",
+) -> Progress:
+    """Train until ``num_epochs`` epochs are done, saving and logging after each.
+
+    Args:
+        trainer: How the model learns.
+        task: What a batch means.
+        train_loader: Training batches; its sampler's ``set_epoch`` is called.
+        eval_loader: Batches the best checkpoint is chosen on.
+        run: Where results go.
+        progress: Where to go on from; updated in place.
+        num_epochs: Number of the last epoch.
+        args: The run's arguments, in plain types, to be kept in checkpoints.
+        device: Where evaluation runs.
+        amp: Mixed precision in evaluation.
+        eval_name: "test" or "val".
+    """
+    for epoch in range(progress.epoch + 1, num_epochs + 1):
+        if hasattr(train_loader.sampler, "set_epoch"):
+            train_loader.sampler.set_epoch(epoch)
+            train_loader.generator.manual_seed(train_loader.sampler.seed + epoch)
+        start = time.perf_counter()
+        train = train_one_epoch(trainer, train_loader, epoch=epoch)
+        train_seconds = time.perf_counter() - start
+        columns = trainer.columns()
+        measured = evaluate(
+            trainer.model, task, eval_loader, device=device, amp=amp, text=eval_name
+        )
+        seconds = time.perf_counter() - start
+        finished = trainer.end_epoch(measured[task.headline])
+
+        samples = train.pop("samples")
+        best = measured[task.headline] > progress.best_value
+        if best or progress.best_epoch == 0:
+            progress.best_epoch, progress.best_value = epoch, measured[task.headline]
+        progress.epoch = epoch
+        progress.history.append(
+            {"epoch": epoch, **columns}
+            | {f"train_{name}": value for name, value in train.items()}
+            | {f"{eval_name}_{name}": value for name, value in measured.items()}
+        )
+        throughput = samples / train_seconds
+        progress.times.append(
+            {"epoch": epoch, "seconds": seconds, "train_samples_per_second": throughput}
+        )
+        extra = "".join(f" | {name}: {value:.6g}" for name, value in columns.items())
+        progress.lines.append(
+            f"[Epoch {epoch:03d}] Time: {seconds:.4f}s | [Train] {task.line(train)} | "
+            f"[{eval_name.capitalize()}] {task.line(measured)}{extra} | "
+            f"{throughput:.0f} samples/s"
+        )
+        run.save(
+            {
+                "format": 1,
+                "model": trainer.model.state_dict(),
+                "trainer": trainer.state_dict(),
+                "progress": vars(progress),
+                "random_state": get_random_state(),
+                "args": dict(args),
+            },
+            best=progress.best_epoch == epoch,
+        )
+        run.log_epoch(progress)
+        if finished:
+            run.write_line(f"Nothing left to learn after epoch {epoch}.")
+            break
+
+    if progress.times:
+        average = sum(row["seconds"] for row in progress.times) / len(progress.times)
+        run.write_line(f"Average Epoch Time: {average:.4f}s")
+        run.write_line(
+            f"Max {task.headline_name}: {progress.best_value:.4f}{task.headline_unit} "
+            f"at Epoch {progress.best_epoch}"
+        )
+    return progress

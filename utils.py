@@ -1,0 +1,254 @@
+"""Seeding, safe file writing, argument files, parameter and FLOP counts, pictures. No model code.
+
+Everything that a run leaves on disk goes through this file: text and checkpoints are written to a
+temporary name beside their target and renamed, so that an interrupted write never damages what was
+there before.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = [
+    "CsvLog",
+    "atomic_path",
+    "compute_flops",
+    "count_parameters",
+    "describe_model",
+    "get_random_state",
+    "parse_args_text",
+    "plot_learning_curves",
+    "save_checkpoint",
+    "seed_everything",
+    "set_random_state",
+    "write_args",
+    "write_text",
+]
+
+
+# ---------------------------------------------------------------------------------------------
+# Randomness
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries underneath still draw from the global state
+    torch.manual_seed(seed)
+
+
+def get_random_state() -> dict[str, Any]:
+    """Collect the state of every global generator in types that load with ``weights_only=True``."""
+    version, words, gauss = random.getstate()
+    name, keys, pos, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`get_random_state` collected."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; rename it to ``path`` when the block succeeds."""
+    path = Path(path)
+    # The suffix stays: writers such as matplotlib choose the file format by it.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically (UTF-8)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> None:
+    """Save tensors and plain types atomically (they load with ``weights_only=True``)."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(checkpoint), temporary)
+
+
+def write_args(path: str | os.PathLike, args: Mapping[str, Any]) -> None:
+    """Write one ``name: value`` per line; lists as JSON. :func:`parse_args_text` reads it back."""
+    lines = []
+    for name, value in args.items():
+        if isinstance(value, list | tuple):
+            value = json.dumps([str(v) if isinstance(v, Path) else v for v in value])
+        lines.append(f"{name}: {value}\n")
+    write_text(path, "".join(lines))
+
+
+def parse_args_text(text: str) -> dict[str, str]:
+    """Read ``name: value`` lines into strings; lines without a colon are ignored.
+
+    Lines that begin with a space or ``#`` are ignored as well.
+    """
+    values = {}
+    for line in text.splitlines():
+        name, colon, value = line.partition(":")
+        if colon and name and not name[0].isspace() and not name.startswith("#"):
+            values[name.strip()] = value.strip()
+    return values
+
+
+class CsvLog:
+    """A CSV file with one row per event, flushed as it is written.
+
+    Args:
+        path: The file. Rows already known are written anew, so that a resumed run holds each
+            row once.
+        rows: Rows to start with.
+    """
+
+    def __init__(self, path: str | os.PathLike, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.path = Path(path)
+        self.fields: list[str] = list(rows[0]) if rows else []
+        if rows:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(self.path, text.getvalue())
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row; the first row decides the columns."""
+        new = not self.fields
+        if new:
+            self.fields = list(row)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a network is
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count parameters: (all, trainable)."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
+
+
+def compute_flops(model: nn.Module, inputs: Tensor) -> int:
+    """Count floating-point operations of one forward pass (a multiply-add counts as two).
+
+    Counts matrix products and convolutions, the similarity products of the search included;
+    selection (top-K) and gathering do no arithmetic and count as zero.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs)
+    return counter.get_total_flops()
+
+
+def describe_model(model: nn.Module, inputs: Tensor) -> str:
+    """Describe a network: module tree, torchinfo summary, parameters, FLOPs of one forward pass.
+
+    Args:
+        model: The network; its mode is left as it was.
+        inputs: One sample with a batch dimension.
+    """
+    import torchinfo
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            summary = torchinfo.summary(
+                model,
+                input_data=inputs,
+                depth=6,
+                verbose=0,
+                col_names=("input_size", "output_size", "num_params", "kernel_size"),
+            )
+        flops = compute_flops(model, inputs)
+    finally:
+        model.train(training)
+    total, trainable = count_parameters(model)
+    return (
+        f"{model}\n\n{summary}\n\n"
+        f"Parameters: {total:,} ({trainable:,} trainable)\n"
+        f"FLOPs of one forward pass on {tuple(inputs.shape)}: {flops:,} "
+        "(a multiply-add counts as two)\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def plot_learning_curves(
+    history: Sequence[Mapping[str, float]], path: str | os.PathLike, *, eval_name: str = "test"
+) -> None:
+    """Draw one panel per metric that a training run measured on both sets, and the learning rate.
+
+    Args:
+        history: One mapping per epoch, with keys ``epoch``, ``train_<metric>``, ``test_<metric>``.
+        path: Where the PNG goes.
+        eval_name: Prefix of the held-out columns.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    names = [key.removeprefix("train_") for key in history[0] if key.startswith("train_")]
+    names += [
+        key.removeprefix(f"{eval_name}_")
+        for key in history[0]
+        if key.startswith(f"{eval_name}_") and key.removeprefix(f"{eval_name}_") not in names
+    ]
+    figure = Figure(figsize=(4.2 * max(1, len(names)), 3.4), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axis, name in zip(
+        figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False
+    ):
+        for prefix, style in (("train", "o-"), (eval_name, "s-")):
+            values = [row.get(f"{prefix}_{name}") for row in history]
+            if all(value is not None for value in values):
+                axis.plot(epochs, values, style, markersize=3, label=prefix)
+        axis.set(xlabel="epoch", title=name)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
