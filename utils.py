@@ -27,13 +27,13 @@ __all__ = [
     "compute_flops",
     "count_parameters",
     "describe_model",
+    "format_args",
     "get_random_state",
     "parse_args_text",
     "plot_learning_curves",
     "save_checkpoint",
     "seed_everything",
     "set_random_state",
-    "write_args",
     "write_text",
 ]
 
@@ -106,14 +106,17 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> N
         torch.save(dict(checkpoint), temporary)
 
 
-def write_args(path: str | os.PathLike, args: Mapping[str, Any]) -> None:
-    """Write one ``name: value`` per line; lists as JSON. :func:`parse_args_text` reads it back."""
+def format_args(args: Mapping[str, Any]) -> str:
+    """Word arguments as one ``name: value`` per line, lists as JSON.
+
+    :func:`parse_args_text` reads it back.
+    """
     lines = []
     for name, value in args.items():
         if isinstance(value, list | tuple):
-            value = json.dumps([str(v) if isinstance(v, Path) else v for v in value])
+            value = json.dumps(list(value))
         lines.append(f"{name}: {value}\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def parse_args_text(text: str) -> dict[str, str]:

@@ -1,0 +1,917 @@
+"""Train, evaluate and compare nearest-neighbor neural networks: ``python main.py --flags``.
+
+Every flag of the program is declared here, checked here, and turned into keyword arguments here;
+nothing below this file knows a flag's name. ``main(argv) -> dict`` may be imported.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataset import DATASETS, Data, DataError, build_loader, limit, load_data, split_train
+from layers import LAYERS
+from models import MODELS, ModelEntry
+from train_eval import (
+    ClassificationTask,
+    GradientTrainer,
+    GrowthTrainer,
+    Progress,
+    RunFolder,
+    Task,
+    Trainer,
+    TrainingError,
+    build_optimizer,
+    build_scheduler,
+    evaluate,
+    fit,
+    load_checkpoint,
+    restore,
+    train_one_epoch,
+)
+from utils import describe_model, format_args, parse_args_text, seed_everything, write_text
+
+__all__ = ["build_parser", "main"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+def whole_numbers(text: str) -> int | list[int]:
+    """Parse ``9`` or, for several at once, ``1,3,5``."""
+    numbers = [int(part) for part in text.strip("[]").split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def fraction(text: str) -> float:
+    """Parse a number in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1] (got {text})")
+    return value
+
+
+def at_least(minimum: float, kind: type = int) -> Callable[[str], Any]:
+    """Make a parser of numbers that are not below ``minimum``."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} (got {text})")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default is None or isinstance(action.default, bool)
+        return action.help if hidden else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of every flag, in groups."""
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Train, evaluate and compare nearest-neighbor neural networks.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    for add in (add_model_flags, add_layer_flags, add_data_flags, add_training_flags):
+        add(parser)
+    for add in (add_optimizer_flags, add_system_flags, add_output_flags):
+        add(parser)
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add which network is built."""
+    group = parser.add_argument_group("Model")
+    add = group.add_argument
+    add("--model", default="vgg11", choices=list(MODELS), help="network")
+    add(
+        "--layer",
+        default="ConvNN",
+        choices=list(LAYERS),
+        help="what takes the place of every convolution (VGG, ResNet, DnCNN)",
+    )
+    add(
+        "--kernel_size",
+        type=at_least(1),
+        default=3,
+        help="side of the window of Conv2d, Conv2d_New and the convolution branch",
+    )
+    add(
+        "--padding",
+        type=at_least(0),
+        default=1,
+        help="zeros added on each side; for the ConvNN layers these positions are candidates too",
+    )
+    add(
+        "--downsample",
+        default="stride",
+        choices=["stride", "none"],
+        help="ResNet: halve the resolution where the classic network does, "
+        "or keep it (the published networks)",
+    )
+
+
+def add_layer_flags(parser: argparse.ArgumentParser) -> None:
+    """Add how neighbors are found and combined."""
+    group = parser.add_argument_group("Neighbor layers (ConvNN, ConvNN_Attn, Branching, ...)")
+    add = group.add_argument
+    add(
+        "--K",
+        type=whole_numbers,
+        default=9,
+        help="number of neighbors, the position itself included; "
+        "--model knn takes several at once: 1,3,5",
+    )
+    add(
+        "--sampling_type",
+        default="all",
+        choices=["all", "random", "spatial"],
+        help="which positions are candidates: all, --num_samples drawn at random in every forward "
+        "pass, or a regular grid of --num_samples x --num_samples",
+    )
+    add(
+        "--num_samples",
+        type=int,
+        default=-1,
+        help="candidates of random sampling, or side of the grid of spatial sampling; "
+        "-1 with --sampling_type all",
+    )
+    add(
+        "--sample_padding",
+        type=at_least(0),
+        default=0,
+        help="distance of the spatial grid from the border, in positions",
+    )
+    add(
+        "--magnitude_type",
+        default="cosine",
+        choices=["cosine", "euclidean"],
+        help="similarity of two positions; also the metric of --model knn",
+    )
+    add(
+        "--similarity_type",
+        default="Col",
+        choices=["Loc", "Col", "Loc_Col"],
+        help="what is compared: coordinates, features, or both (ConvNN, Branching)",
+    )
+    add(
+        "--aggregation_type",
+        default="Col",
+        choices=["Col", "Loc_Col"],
+        help="what is combined: features, or features and coordinates",
+    )
+    add(
+        "--lambda_param",
+        type=fraction,
+        default=0.5,
+        help="weight of features against coordinates in --similarity_type Loc_Col, in [0, 1]",
+    )
+    add(
+        "--shuffle_pattern",
+        default="NA",
+        choices=["BA", "NA", "B", "A"],
+        help="pixel-unshuffle before (B) and pixel-shuffle after (A) the layer, or neither (NA)",
+    )
+    add(
+        "--shuffle_scale",
+        type=at_least(0),
+        default=0,
+        help="factor of the shuffle; 0 is off",
+    )
+    add(
+        "--branch_ratio",
+        type=fraction,
+        default=0.5,
+        help="part of the output channels made by the neighbor branch (Branching layers), "
+        "in [0, 1]",
+    )
+    add(
+        "--attention_dropout",
+        type=fraction,
+        default=0.1,
+        help="dropout on attention weights (ConvNN_Attn, Branching_Attn), in [0, 1]",
+    )
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what is learnt from."""
+    group = parser.add_argument_group("Data")
+    add = group.add_argument
+    add("--dataset", default="cifar10", choices=list(DATASETS), help="dataset")
+    add(
+        "--data_path",
+        default="./Data",
+        help="folder of the data (downloads go there), or the file of --dataset npz",
+    )
+    add("--resize", type=at_least(1), default=None, help="side of the square images are resized to")
+    add(
+        "--augment",
+        action="store_true",
+        help="random crops, and flips where a mirrored image is still of its class",
+    )
+    add(
+        "--noise",
+        type=at_least(0, float),
+        default=0.0,
+        help="standard deviation of Gaussian noise on images in [0, 1], in training and testing",
+    )
+    add(
+        "--val_split",
+        type=at_least(0, float),
+        default=0.0,
+        help="part of the training set held out to choose the best checkpoint; "
+        "0 chooses on the test set, as the published runs do",
+    )
+    add("--limit_train", type=at_least(1), default=None, help="use the first N training samples")
+    add("--limit_test", type=at_least(1), default=None, help="use the first N test samples")
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add how training runs."""
+    group = parser.add_argument_group("Training")
+    add = group.add_argument
+    add("--batch_size", type=at_least(1), default=256, help="samples per step")
+    add("--num_epochs", type=at_least(1), default=150, help="passes over the training set")
+    add(
+        "--use_amp",
+        action="store_true",
+        help="mixed precision: float16 with loss scaling on CUDA, bfloat16 on the CPU",
+    )
+    add("--use_compiled", action="store_true", help="torch.compile (needs a C++ compiler)")
+    add(
+        "--compile_mode",
+        default="default",
+        choices=["default", "reduce-overhead", "reduce-memory", "max-autotune"],
+        help="mode of torch.compile; it knows no reduce-memory: the default mode with memory "
+        "planning and reordering for a low peak stands for it",
+    )
+    add(
+        "--clip_grad_norm",
+        type=at_least(0, float),
+        default=1.0,
+        help="largest norm of the gradients; 0 does not clip",
+    )
+    add(
+        "--criterion",
+        default="CrossEntropy",
+        choices=["CrossEntropy", "MSE"],
+        help="classification loss; MSE is taken against the one-hot class",
+    )
+
+
+def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
+    """Add optimizer and schedule."""
+    group = parser.add_argument_group("Optimizer and schedule")
+    add = group.add_argument
+    add("--optimizer", default="adamw", choices=["adam", "sgd", "adamw"], help="optimizer")
+    add("--lr", type=at_least(0, float), default=1e-3, help="learning rate")
+    add("--weight_decay", type=at_least(0, float), default=1e-6, help="weight decay")
+    add("--momentum", type=at_least(0, float), default=0.9, help="momentum of sgd")
+    add(
+        "--scheduler",
+        default="none",
+        choices=["step", "cosine", "plateau", "none"],
+        help="learning rate over epochs: times --lr_gamma every --lr_step epochs, cosine to 0, "
+        "times --lr_gamma when --lr_step epochs brought no better result, or constant",
+    )
+    add("--lr_step", type=at_least(1), default=20, help="see --scheduler, in epochs")
+    add("--lr_gamma", type=at_least(0, float), default=0.1, help="see --scheduler")
+
+
+def add_system_flags(parser: argparse.ArgumentParser) -> None:
+    """Add where it runs."""
+    group = parser.add_argument_group("System")
+    add = group.add_argument
+    add(
+        "--device",
+        default="cuda",
+        choices=["cpu", "cuda", "mps", "auto"],
+        help="without this flag: cuda where there is one, else the CPU; auto: the best there is",
+    )
+    add("--seed", type=at_least(0), default=0, help="seed of everything drawn at random")
+    add(
+        "--num_workers",
+        type=at_least(-1),
+        default=-1,
+        help="loading processes; -1: none for data in memory, else up to 4",
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what is written, and what kind of run it is."""
+    group = parser.add_argument_group("Output and kind of run")
+    add = group.add_argument
+    add(
+        "--output_dir",
+        default="./Output/VGG/ConvNN",
+        help="run folder; not given: ./Output/<family>/<layer>, numbered where a run is already "
+        "there (the default shown is that of vgg11 and ConvNN)",
+    )
+    add(
+        "--test_only",
+        action="store_true",
+        help="evaluate best.pt of --output_dir (or --checkpoint) on the test set",
+    )
+    add("--resume", action="store_true", help="go on from last.pt of --output_dir")
+    add("--overwrite", action="store_true", help="replace the run in --output_dir")
+    add("--checkpoint", default=None, help="checkpoint file for --test_only and --resume")
+    add(
+        "--config",
+        default=None,
+        help="args.txt of a former run; flags on the command line win over it",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="build everything, take two steps, evaluate two batches, write nothing",
+    )
+
+
+# Which flags each layer takes; the layer's constructor takes them under the same names.
+_NEIGHBORS = (
+    "K",
+    "padding",
+    "sampling_type",
+    "num_samples",
+    "sample_padding",
+    "shuffle_pattern",
+    "shuffle_scale",
+    "magnitude_type",
+    "aggregation_type",
+)
+LAYER_FLAGS: dict[str, tuple[str, ...]] = {
+    "Conv2d": ("kernel_size", "padding"),
+    "Conv2d_New": (
+        "kernel_size",
+        "padding",
+        "shuffle_pattern",
+        "shuffle_scale",
+        "aggregation_type",
+    ),
+    "ConvNN": (*_NEIGHBORS, "similarity_type", "lambda_param"),
+    "ConvNN_Attn": (*_NEIGHBORS, "attention_dropout"),
+    "Branching": (
+        *_NEIGHBORS,
+        "similarity_type",
+        "lambda_param",
+        "kernel_size",
+        "branch_ratio",
+    ),
+    "Branching_Attn": (*_NEIGHBORS, "attention_dropout", "kernel_size", "branch_ratio"),
+}
+# Flags that only gradient descent reads.
+GRADIENT_FLAGS = (
+    "use_amp",
+    "use_compiled",
+    "compile_mode",
+    "clip_grad_norm",
+    "criterion",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "scheduler",
+    "lr_step",
+    "lr_gamma",
+)
+# Flags each model takes besides those of its layer, under the same names.
+MODEL_FLAGS: dict[str, tuple[str, ...]] = {
+    "resnet18": ("downsample",),
+    "resnet34": ("downsample",),
+}
+# Defaults that differ from the parser's for one model; flags of the user win.
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {}
+# What kind of run it is: never taken over from a former run's arguments.
+RUN_FLAGS = ("test_only", "resume", "overwrite", "checkpoint", "config", "dry_run")
+# What may change when a run is resumed: it alters how long and where, not what is computed.
+RESUME_FLAGS = ("num_epochs", "device", "num_workers", "data_path", "output_dir", "seed")
+
+
+# ---------------------------------------------------------------------------------------------
+# From the command line to checked arguments
+
+
+def read_values(
+    parser: argparse.ArgumentParser, values: Mapping[str, str], source: str
+) -> dict[str, Any]:
+    """Turn the strings of an args.txt into values, as the parser would read them."""
+    actions = {action.dest: action for action in parser._actions}
+    parsed = {}
+    for name, text in values.items():
+        action = actions.get(name)
+        if action is None:
+            print(f"note: {source} holds {name}, which is no flag of this version: ignored.")
+            continue
+        if name in RUN_FLAGS:
+            continue
+        if text == "None":
+            parsed[name] = None
+        elif isinstance(action.default, bool):
+            parsed[name] = text == "True"
+        else:
+            convert = action.type or str
+            try:
+                if action.nargs in ("+", "*"):
+                    parsed[name] = [convert(str(item)) for item in json.loads(text)]
+                else:
+                    parsed[name] = convert(text)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                parser.error(f"{source}: {name}: {text} cannot be read ({error}).")
+            if action.choices is not None and parsed[name] not in action.choices:
+                parser.error(f"{source}: {name}: {text} is none of {', '.join(action.choices)}.")
+    return parsed
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """Return the names of the flags that stand on the command line."""
+    absent = object()
+    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    return {k for k, v in vars(parser.parse_args(argv, blank)).items() if v is not absent}
+
+
+def default_output_dir(args: argparse.Namespace) -> str:
+    """Return ./Output/<family>/<layer>, or <dataset> for models that take no layer."""
+    entry = MODELS[args.model]
+    return f"./Output/{entry.family}/{args.layer if entry.uses_layer else args.dataset}"
+
+
+def next_free(path: str) -> str:
+    """Return ``path``, or the first of ``path_2``, ``path_3``, … that holds no run."""
+    candidate, number = path, 2
+    while RunFolder(candidate).holds_run():
+        candidate, number = f"{path}_{number}", number + 1
+    return candidate
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, set[str], dict[str, Any] | None]:
+    """Parse flags, then fill in what was not given.
+
+    The order is: the command line, then the checkpoint of --resume or --test_only, or the --config
+    file, then the model's defaults, then the parser's.
+
+    Returns:
+        The arguments, the names of those the user gave, and the checkpoint, if one is used.
+    """
+    args = parser.parse_args(argv)
+    given = given_flags(parser, argv)
+    if args.resume and args.test_only:
+        parser.error("--resume trains on and --test_only does not train: give one of them.")
+    if args.checkpoint and not (args.resume or args.test_only):
+        parser.error("--checkpoint is read by --test_only and --resume: give one of them too.")
+
+    former: dict[str, Any] = {}
+    if args.config:
+        try:
+            text = Path(args.config).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--config {args.config} cannot be read: {error}")
+        former = read_values(parser, parse_args_text(text), args.config)
+
+    if "model" not in given and "model" in former:
+        args.model = former["model"]
+    for source in (MODEL_DEFAULTS.get(args.model, {}), former):
+        for name, value in source.items():
+            if name not in given:
+                setattr(args, name, value)
+    base = args.output_dir if "output_dir" in given | set(former) else default_output_dir(args)
+
+    checkpoint = None
+    if args.resume or args.test_only:
+        args.output_dir = base
+        checkpoint = read_checkpoint(parser, args, given)
+    elif "output_dir" in given:
+        if RunFolder(base).holds_run() and not (args.overwrite or args.dry_run):
+            parser.error(
+                f"--output_dir {base} already holds a run. Add --resume to go on with it, "
+                "--test_only to evaluate it, --overwrite to replace it, or name another folder."
+            )
+    else:
+        args.output_dir = base if args.overwrite else next_free(base)
+    return args, given | set(former), checkpoint
+
+
+def read_checkpoint(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
+) -> dict[str, Any]:
+    """Load the checkpoint of --resume or --test_only and take its arguments over into ``args``."""
+    name = RunFolder.LAST if args.resume else RunFolder.BEST
+    path = args.checkpoint or str(Path(args.output_dir, name))
+    flag = "--resume" if args.resume else "--test_only"
+    if not Path(path).is_file():
+        parser.error(
+            f"{flag} needs a checkpoint, and there is none at {path}. Train first, or name the "
+            "run folder by --output_dir, or the file by --checkpoint."
+        )
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as error:
+        parser.error(f"{flag}: {error}")
+    stored = checkpoint["args"]
+    if args.resume:
+        fixed = set(stored) - set(RESUME_FLAGS) - set(RUN_FLAGS)
+    else:
+        model = stored.get("model", args.model)
+        fixed = {"model", *MODEL_FLAGS.get(model, ())}
+        if model in MODELS and MODELS[model].uses_layer:
+            fixed |= {"layer", *LAYER_FLAGS.get(stored.get("layer"), ())}
+    differing = [
+        f"--{name} is {stored.get(name)} there and {getattr(args, name)} here"
+        for name in sorted(fixed)
+        if name in given and name in stored and getattr(args, name) != stored[name]
+    ]
+    if differing:
+        parser.error(
+            f"{flag}: {path} was made by another "
+            f"{'run' if args.resume else 'architecture'}: {'; '.join(differing)}. Leave these "
+            "flags out (they are taken from the checkpoint), or choose another checkpoint."
+        )
+    for name, value in stored.items():
+        if name not in given and name not in (*RUN_FLAGS, "output_dir", "device"):
+            setattr(args, name, value)
+    return checkpoint
+
+
+def resolve_device(parser: argparse.ArgumentParser, wanted: str, asked: bool) -> str:
+    """Choose the device, or refuse one that was asked for and is not there."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if wanted == "auto":
+        return there[0]
+    if wanted in there:
+        return wanted
+    if asked:
+        parser.error(f"--device {wanted}: there is none here. There is: {', '.join(there)}.")
+    print(f"No {wanted} device here: using the {there[0]}.")
+    return there[0]
+
+
+def has_cpp_compiler() -> bool:
+    """Say whether torch.compile will find a C++ compiler."""
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl")
+    return any(name and shutil.which(name.split()[0]) for name in names)
+
+
+def check_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
+) -> None:
+    """Refuse combinations that cannot work; note flags that have no effect."""
+    entry = MODELS[args.model]
+    task = DATASETS[args.dataset].task
+    if task not in entry.tasks:
+        fits = [name for name, row in DATASETS.items() if row.task in entry.tasks]
+        able = [name for name, row in MODELS.items() if task in row.tasks]
+        parser.error(
+            f"--model {args.model} cannot do {task}, the task of --dataset {args.dataset}. "
+            f"Datasets for {args.model}: {', '.join(fits)}. "
+            f"Models for {args.dataset}: {', '.join(able) or 'none'}."
+        )
+    if isinstance(args.K, list) and args.model != "knn":
+        parser.error(f"--K takes one number for --model {args.model} (got {args.K}).")
+    if args.val_split >= 1:
+        parser.error(f"--val_split must lie in [0, 1) (got {args.val_split}).")
+    if args.resize is not None and args.resize < entry.min_side:
+        parser.error(
+            f"--resize {args.resize} is too small for {args.model}, which would shrink it to "
+            f"nothing: it needs at least {entry.min_side}."
+        )
+    if args.use_compiled and not has_cpp_compiler():
+        parser.error(
+            "--use_compiled needs a C++ compiler and found none (g++, clang++, or $CXX). "
+            "Install one (Debian: apt-get install g++), or leave the flag out."
+        )
+    if entry.uses_layer:
+        try:
+            build_layer(args)(in_channels=16, out_channels=16)
+        except ValueError as error:
+            parser.error(f"--layer {args.layer}: {error}")
+
+    # Flags without effect are said, not refused.
+    used = set(LAYER_FLAGS[args.layer]) if entry.uses_layer else set()
+    used |= set(MODEL_FLAGS.get(args.model, ()))
+    of_layers = {flag for flags in LAYER_FLAGS.values() for flag in flags} | {"layer"}
+    of_models = {flag for flags in MODEL_FLAGS.values() for flag in flags}
+    idle = ((of_layers | of_models) & given) - used - ({"layer"} if entry.uses_layer else set())
+    if entry.training == "growth":
+        idle |= set(GRADIENT_FLAGS) & given - used
+    if idle:
+        where = f"--model {args.model}" + (f" --layer {args.layer}" if entry.uses_layer else "")
+        print(f"note: no effect with {where}: {', '.join(f'--{name}' for name in sorted(idle))}.")
+
+    folder = Path(args.output_dir)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        parser.error(f"--output_dir {args.output_dir} cannot be written: {existing} is in the way.")
+
+
+# ---------------------------------------------------------------------------------------------
+# From arguments to objects
+
+
+def build_layer(args: argparse.Namespace) -> Callable[..., nn.Module]:
+    """Return the configured layer, still to be told its channels."""
+    options = {name: getattr(args, name) for name in LAYER_FLAGS[args.layer]}
+    return partial(LAYERS[args.layer], **options)
+
+
+def build_data(args: argparse.Namespace, entry: ModelEntry) -> Data:
+    """Load the dataset with its splits."""
+    data = load_data(
+        args.dataset,
+        data_path=args.data_path,
+        resize=args.resize,
+        min_side=entry.min_side,
+        augment=args.augment,
+        noise=args.noise,
+        normalize=entry.training == "gradient",
+        seed=args.seed,
+    )
+    if args.val_split > 0:
+        data = split_train(data, args.val_split, args.seed)
+    data.train, data.test = limit(data.train, args.limit_train), limit(data.test, args.limit_test)
+    return data
+
+
+def build_model(args: argparse.Namespace, entry: ModelEntry, data: Data) -> nn.Module:
+    """Build the network for the data's shape."""
+    options = {name: getattr(args, name) for name in MODEL_FLAGS.get(args.model, ())}
+    if entry.uses_layer:
+        options["layer"] = build_layer(args)
+    if data.task == "classification":
+        options |= {"in_channels": data.sample_shape[0], "num_classes": data.num_outputs}
+    return entry.build(**options)
+
+
+def build_task(args: argparse.Namespace, entry: ModelEntry, data: Data) -> Task:
+    """Build the task that the dataset names."""
+    criterion = args.criterion if entry.training == "gradient" else None
+    return ClassificationTask(data.num_outputs, criterion)
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    entry: ModelEntry,
+    model: nn.Module,
+    task: Task,
+    device: torch.device,
+) -> Trainer:
+    """Build how the model learns."""
+    if entry.training == "growth":
+        return GrowthTrainer(model, task, device=device)
+    optimizer = build_optimizer(
+        model,
+        args.optimizer,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+    )
+    scheduler = build_scheduler(
+        optimizer,
+        args.scheduler,
+        num_epochs=args.num_epochs,
+        lr_step=args.lr_step,
+        lr_gamma=args.lr_gamma,
+    )
+    return GradientTrainer(
+        model,
+        task,
+        optimizer,
+        scheduler,
+        device=device,
+        amp=args.use_amp,
+        clip_grad_norm=args.clip_grad_norm,
+    )
+
+
+def compile_model(model: nn.Module, mode: str) -> None:
+    """Compile in place, so that parameter names stay as they are."""
+    if mode != "reduce-memory":
+        model.compile(mode=mode)
+        return
+    known = torch._inductor.list_options()
+    wanted = {"memory_planning": True, "reorder_for_peak_memory": True}
+    model.compile(options={k: v for k, v in wanted.items() if k in known})
+
+
+def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return all arguments in types that a checkpoint can hold."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line.
+
+    Args:
+        argv: Flags; None takes those of the process.
+
+    Returns:
+        The run's results: ``output_dir``, and the metrics of what was done.
+
+    Raises:
+        SystemExit: With code 2 for bad input, 1 for a failed and 130 for an interrupted run.
+    """
+    parser = build_parser()
+    args, given, checkpoint = parse_arguments(parser, argv)
+    args.device = resolve_device(parser, args.device, "device" in given)
+    check_arguments(parser, args, given)
+    entry, device = MODELS[args.model], torch.device(args.device)
+
+    seed_everything(args.seed)
+    try:
+        data = build_data(args, entry)
+        model = build_model(args, entry, data).to(device)
+        model_text = probe(model, entry, data, device)
+        if checkpoint is not None:
+            load_weights(model, checkpoint)
+    except ValueError as error:  # DataError, and what layers and models refuse
+        parser.error(str(error))
+    for note in data.notes:
+        print(note)
+    if args.use_compiled:
+        compile_model(model, args.compile_mode)
+    task = build_task(args, entry, data)
+    run = RunFolder(args.output_dir)
+    command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        if args.test_only:
+            return test(args, data, model, task, device, run, checkpoint)
+        trainer = build_trainer(args, entry, model, task, device)
+        if args.dry_run:
+            return dry_run(args, data, trainer, task, device)
+        return train(args, data, trainer, task, device, run, checkpoint, command, model_text)
+    except (TrainingError, DataError) as error:
+        print(f"error: {error}{resume_hint(run)}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt as error:
+        print(f"\nInterrupted.{resume_hint(run)}", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def resume_hint(run: RunFolder) -> str:
+    """Say what is saved and how to go on."""
+    if not (run.path / run.LAST).exists():
+        return " Nothing was saved yet."
+    return (
+        f" The last finished epoch is in {run.path / run.LAST}; go on with: "
+        f"python main.py --resume --output_dir {shlex.quote(str(run.path))}"
+    )
+
+
+def probe(model: nn.Module, entry: ModelEntry, data: Data, device: torch.device) -> str:
+    """Describe the model by a forward pass of a blank sample: shapes that cannot work fail here."""
+    if entry.training == "growth":
+        return f"{model}\n"
+    return describe_model(model, torch.zeros(1, *data.sample_shape, device=device))
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Load a checkpoint's weights; a mismatch becomes a ValueError that lists the names."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit the model: {error}") from error
+
+
+def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return what all loaders share."""
+    return {
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "num_workers": args.num_workers,
+        "pin_memory": device.type == "cuda",
+    }
+
+
+def train(
+    args: argparse.Namespace,
+    data: Data,
+    trainer: Trainer,
+    task: Task,
+    device: torch.device,
+    run: RunFolder,
+    checkpoint: Mapping[str, Any] | None,
+    command: str,
+    model_text: str,
+) -> dict[str, Any]:
+    """Train, and evaluate every epoch."""
+    arguments = plain_arguments(args)
+    options = loader_options(args, device)
+    train_loader = build_loader(data.train, shuffle=True, **options)
+    eval_loader = build_loader(data.val or data.test, **options)
+    header = f"# {command}\n# torch {torch.__version__}, Python {sys.version.split()[0]}\n"
+    seed_everything(args.seed)
+    progress = Progress() if checkpoint is None else restore(trainer, checkpoint)
+    if progress.epoch >= args.num_epochs:
+        print(f"Epoch {progress.epoch} of {args.num_epochs} is done: nothing to resume.")
+    run.start(header + format_args(arguments), model_text, progress)
+    print(f"Run folder: {run.path}")
+    eval_name = "test" if data.val is None else "val"
+    fit(
+        trainer,
+        task,
+        train_loader,
+        eval_loader,
+        run,
+        progress,
+        num_epochs=args.num_epochs,
+        args=arguments,
+        device=device,
+        amp=args.use_amp,
+        eval_name=eval_name,
+    )
+    results = {
+        "output_dir": str(run.path),
+        "history": progress.history,
+        "best_epoch": progress.best_epoch,
+        "best": progress.best_value,
+    }
+    if data.val is None:
+        run.write_line(
+            "The best epoch was chosen on the test set, as in the published runs; "
+            "--val_split chooses it on held-out training data."
+        )
+    else:
+        load_weights(trainer.model, load_checkpoint(run.path / run.BEST))
+        results["test"] = evaluate(
+            trainer.model,
+            task,
+            build_loader(data.test, **options),
+            device=device,
+            amp=args.use_amp,
+        )
+        run.write_line(
+            f"The best epoch was chosen on {len(data.val)} held-out training samples. "
+            f"[Test at Epoch {progress.best_epoch}] {task.line(results['test'])}"
+        )
+    return results
+
+
+def test(
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    task: Task,
+    device: torch.device,
+    run: RunFolder,
+    checkpoint: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on the test set."""
+    loader = build_loader(data.test, **loader_options(args, device))
+    metrics = evaluate(model, task, loader, device=device, amp=args.use_amp)
+    source = args.checkpoint or str(run.path / run.BEST)
+    epoch = checkpoint.get("progress", {}).get("epoch", "?")
+    text = (
+        f"Checkpoint: {source} (epoch {epoch})\n"
+        f"Data: {args.dataset}, {len(data.test)} test samples\n"
+        f"[Test] {task.line(metrics)}\n"
+    )
+    print(text, end="")
+    run.path.mkdir(parents=True, exist_ok=True)
+    path = run.path / run.TEST
+    before = path.read_text(encoding="utf-8") + "\n" if path.exists() else ""
+    write_text(path, before + text)
+    return {"output_dir": str(run.path), "test": metrics}
+
+
+def dry_run(
+    args: argparse.Namespace, data: Data, trainer: Trainer, task: Task, device: torch.device
+) -> dict[str, Any]:
+    """Take two steps and evaluate two batches; write nothing."""
+    options = loader_options(args, device)
+    loader = build_loader(data.train, shuffle=True, **options)
+    trained = train_one_epoch(trainer, loader, epoch=1, max_steps=2)
+    loader = build_loader(data.val or data.test, **options)
+    measured = evaluate(trainer.model, task, loader, device=device, amp=args.use_amp, max_batches=2)
+    print(f"[Dry run, two steps] {task.line(trained)}")
+    print(f"[Dry run, two batches] {task.line(measured)}")
+    return {"output_dir": None, "train": trained, "test": measured}
+
+
+if __name__ == "__main__":
+    main()
