@@ -1,0 +1,49 @@
+"""Layers over nearest neighbors, and the ordinary convolutions beside them.
+
+`LAYERS` maps the names users give to callables `layer(in_channels=, out_channels=, stride=1)`,
+which further keyword arguments configure (by `functools.partial`).
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from layers.attention import Conv1d_NN_Attn, Conv2d_NN_Attn
+from layers.branching import (
+    Conv1d_Attn_Branching,
+    Conv1d_Branching,
+    Conv2d_Attn_Branching,
+    Conv2d_Branching,
+)
+from layers.conv import Conv1d_New, Conv2d_New, same_conv
+from layers.convnn import Conv1d_NN, Conv2d_NN
+from layers.coordinates import add_coordinates, coordinate_channels
+from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
+
+__all__ = [
+    "LAYERS",
+    "Conv1d_Attn_Branching",
+    "Conv1d_Branching",
+    "Conv1d_NN",
+    "Conv1d_NN_Attn",
+    "Conv1d_New",
+    "Conv2d_Attn_Branching",
+    "Conv2d_Branching",
+    "Conv2d_NN",
+    "Conv2d_NN_Attn",
+    "Conv2d_New",
+    "PixelShuffle1D",
+    "PixelUnshuffle1D",
+    "add_coordinates",
+    "coordinate_channels",
+    "same_conv",
+]
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "Conv2d": same_conv,
+    "Conv2d_New": Conv2d_New,
+    "ConvNN": Conv2d_NN,
+    "ConvNN_Attn": Conv2d_NN_Attn,
+    "Branching": Conv2d_Branching,
+    "Branching_Attn": Conv2d_Attn_Branching,
+}

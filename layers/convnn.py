@@ -1,0 +1,342 @@
+"""Convolution over nearest neighbors: the K taps are the K most similar positions of the map.
+
+Reference: Kang & Farias, Attention via Convolutional Nearest Neighbors,
+https://arxiv.org/abs/2511.14137. Symbols: B batch, C channels, C' channels aggregated, N positions
+of the padded map (keys), M queries, K neighbors, O output channels, r shuffle scale, s stride.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.coordinates import coordinate_channels
+from layers.neighbors import aggregate_neighbors, location_neighbors, nearest_neighbors
+from layers.options import (
+    SIMILARITY_TYPES,
+    check_choice,
+    check_fraction,
+    check_neighbor_options,
+)
+from layers.pixel_shuffle import pixel_shuffle, pixel_unshuffle
+from layers.sampling import count_candidates, query_index, random_index, spatial_index
+
+__all__ = ["Conv1d_NN", "Conv2d_NN", "NeighborLayer", "with_coordinates"]
+
+
+class NeighborLayer(nn.Module):
+    """What the layers over nearest neighbors share: shuffle, padding, coordinates, candidates.
+
+    A subclass sets `ndim` (1 or 2), owns the parameters and turns neighbors into outputs.
+    Its `forward` calls `pad_and_flatten`, `self_index`, `candidates`, and `unflatten`. On the meta
+    device it checks shapes and searches nothing: a free way to find, before any work, a K larger
+    than the candidates somewhere in a network.
+    """
+
+    ndim: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        K: int,
+        stride: int,
+        padding: int,
+        sampling_type: str,
+        num_samples: int,
+        sample_padding: int,
+        shuffle_pattern: str,
+        shuffle_scale: int,
+        magnitude_type: str,
+        aggregation_type: str,
+    ):
+        super().__init__()
+        check_neighbor_options(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            K=K,
+            stride=stride,
+            padding=padding,
+            sampling_type=sampling_type,
+            num_samples=num_samples,
+            sample_padding=sample_padding,
+            shuffle_pattern=shuffle_pattern,
+            shuffle_scale=shuffle_scale,
+            magnitude_type=magnitude_type,
+            aggregation_type=aggregation_type,
+        )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.K = K
+        self.stride = stride
+        self.padding = padding
+        self.sampling_type = sampling_type
+        self.num_samples = num_samples
+        self.sample_padding = sample_padding
+        self.shuffle_pattern = shuffle_pattern
+        self.shuffle_scale = shuffle_scale
+        self.magnitude_type = magnitude_type
+        self.aggregation_type = aggregation_type
+        # Scales before and after the layer; 1 does nothing.
+        self.scale_in = shuffle_scale if shuffle_pattern in ("B", "BA") else 1
+        self.scale_out = shuffle_scale if shuffle_pattern in ("A", "BA") else 1
+        coords = self.ndim if aggregation_type == "Loc_Col" else 0
+        self.in_channels_1d = in_channels * self.scale_in**self.ndim + coords
+        self.out_channels_1d = out_channels * self.scale_out**self.ndim
+
+    def pad_and_flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Unshuffle, pad with zeros, flatten: (B, C, ...) -> keys (B, N, C·r^ndim), their shape.
+
+        Raises:
+            ValueError: if the input has the wrong shape, the scale does not divide it, or it
+                has fewer candidates than K.
+        """
+        if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__} expects (B, {self.in_channels}, "
+                f"{'L' if self.ndim == 1 else 'H, W'}), got {tuple(x.shape)}."
+            )
+        if self.scale_in > 1:
+            x = pixel_unshuffle(x, self.scale_in)  # (B, C, H, W) -> (B, C·r², H/r, W/r)
+        if self.padding:
+            x = F.pad(x, [self.padding] * (2 * self.ndim))
+        key_shape = tuple(x.shape[2:])
+        self.check_candidates(key_shape)
+        return x.flatten(2).transpose(1, 2), key_shape
+
+    def check_candidates(self, key_shape: tuple[int, ...]) -> None:
+        """Refuse a map with fewer candidates than K; needs the shape alone."""
+        options = (self.padding, self.sampling_type, self.num_samples, self.sample_padding)
+        available = count_candidates(key_shape, *options)
+        if available < self.K:
+            sides = " x ".join(str(side - 2 * self.padding) for side in key_shape)
+            raise ValueError(
+                f"K={self.K} is larger than the number of candidates, {available}: a map of "
+                f"{sides} positions, padding {self.padding}, sampling_type {self.sampling_type}"
+                f"{'' if self.sampling_type == 'all' else f', num_samples {self.num_samples}'} "
+                f"offers no more neighbors. Try K {available} or less, more padding or samples, "
+                "or a larger input."
+            )
+
+    def self_index(self, key_shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Number the queries among the keys; (M,)."""
+        return query_index(key_shape, self.padding, self.stride, device)
+
+    def candidates(self, key_shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """Choose who may become a neighbor: (N',), or None for all keys."""
+        if self.sampling_type == "random":
+            return random_index(math.prod(key_shape), self.num_samples, self.training, device)
+        if self.sampling_type == "spatial":
+            return spatial_index(
+                key_shape, self.padding, self.num_samples, self.sample_padding, device
+            )
+        return None
+
+    def shape_only(self, keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:
+        """Return an output without content: on the meta device a layer only checks shapes."""
+        queries = len(self.self_index(key_shape, keys.device))
+        return self.unflatten(
+            keys.new_empty(keys.shape[0], queries, self.out_channels_1d), key_shape
+        )
+
+    def unflatten(self, y: Tensor, key_shape: tuple[int, ...]) -> Tensor:
+        """Put rows back on the map and shuffle: (B, M, O·r^ndim) -> (B, O, ...)."""
+        sides = [-(-(side - 2 * self.padding) // self.stride) for side in key_shape]
+        y = y.transpose(1, 2).unflatten(2, sides)
+        return pixel_shuffle(y, self.scale_out) if self.scale_out > 1 else y
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Some published weights were trained without biases: that is a bias of zero.
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") and f"{prefix}{name.rsplit('.', 1)[0]}.weight" in state_dict:
+                state_dict.setdefault(prefix + name, torch.zeros_like(parameter))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Show the options that matter."""
+        shown = [
+            f"{self.in_channels}, {self.out_channels}, K={self.K}, stride={self.stride}",
+            f"padding={self.padding}, sampling_type={self.sampling_type}",
+        ]
+        if self.sampling_type != "all":
+            shown.append(f"num_samples={self.num_samples}")
+        if self.sampling_type == "spatial":
+            shown.append(f"sample_padding={self.sample_padding}")
+        if self.shuffle_pattern != "NA":
+            shown.append(f"shuffle={self.shuffle_pattern} by {self.shuffle_scale}")
+        shown.append(f"magnitude_type={self.magnitude_type}")
+        shown.append(f"aggregation_type={self.aggregation_type}")
+        return ", ".join(shown)
+
+
+class _ConvNN(NeighborLayer):
+    """The convolution over nearest neighbors, for any number of axes."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        K: int = 9,
+        stride: int = 1,
+        padding: int = 1,
+        sampling_type: str = "all",
+        num_samples: int = -1,
+        sample_padding: int = 0,
+        shuffle_pattern: str = "NA",
+        shuffle_scale: int = 0,
+        magnitude_type: str = "cosine",
+        similarity_type: str = "Col",
+        aggregation_type: str = "Col",
+        lambda_param: float = 0.5,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            K=K,
+            stride=stride,
+            padding=padding,
+            sampling_type=sampling_type,
+            num_samples=num_samples,
+            sample_padding=sample_padding,
+            shuffle_pattern=shuffle_pattern,
+            shuffle_scale=shuffle_scale,
+            magnitude_type=magnitude_type,
+            aggregation_type=aggregation_type,
+        )
+        check_choice("similarity_type", similarity_type, SIMILARITY_TYPES)
+        check_fraction(
+            "lambda_param", lambda_param, "the weight of the features against the coordinates"
+        )
+        self.similarity_type = similarity_type
+        self.lambda_param = lambda_param
+        # Holds the weights (O, C', K); the layer never lays out what this convolution would read.
+        self.conv1d_layer = nn.Conv1d(
+            self.in_channels_1d, self.out_channels_1d, kernel_size=K, stride=K
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve `x`: (B, C, L) -> (B, O, L/s) or (B, C, H, W) -> (B, O, H/s, W/s)."""
+        keys, key_shape = self.pad_and_flatten(x)  # (B, C, H, W) -> (B, N, C)
+        if x.is_meta:
+            return self.shape_only(keys, key_shape)
+        indices = self.find_neighbors(keys.detach(), key_shape)  # (B, M, K)
+        if self.aggregation_type == "Loc_Col":
+            keys = with_coordinates(keys, key_shape)  # (B, N, C) -> (B, N, C')
+        y = aggregate_neighbors(keys, indices, self.conv1d_layer.weight, self.conv1d_layer.bias)
+        return self.unflatten(y, key_shape)  # (B, M, O) -> (B, O, H/s, W/s)
+
+    def find_neighbors(self, keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:
+        """Find the K neighbors of every query: (B, M, K), or (M, K) if all samples agree."""
+        own = self.self_index(key_shape, keys.device)
+        if self.K == 1:
+            return own[:, None]
+        candidates = self.candidates(key_shape, keys.device)
+        if self.similarity_type == "Loc":
+            return location_neighbors(
+                key_shape,
+                self.K,
+                self.magnitude_type,
+                padding=self.padding,
+                stride=self.stride,
+                candidates=candidates,
+                device=keys.device,
+            )
+        if self.similarity_type == "Loc_Col":
+            keys = _mix_coordinates(keys, key_shape, self.lambda_param)
+        return nearest_neighbors(
+            keys[:, own],
+            keys,
+            self.K,
+            self.magnitude_type,
+            self_index=own,
+            candidates=candidates,
+        )[1]
+
+    def extra_repr(self) -> str:
+        """Show the options that matter."""
+        lam = f", lambda_param={self.lambda_param}" if self.similarity_type == "Loc_Col" else ""
+        return f"{super().extra_repr()}, similarity_type={self.similarity_type}{lam}"
+
+
+def with_coordinates(keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:
+    """Append the coordinates of the padded map: (B, N, C) -> (B, N, C + ndim)."""
+    coords = coordinate_channels(key_shape, dtype=keys.dtype, device=keys.device)
+    coords = coords.flatten(1).T  # (N, ndim)
+    return torch.cat([keys, coords.expand(keys.shape[0], *coords.shape)], dim=2)
+
+
+def _mix_coordinates(keys: Tensor, key_shape: tuple[int, ...], lam: float) -> Tensor:
+    """Weigh features of unit spread against coordinates: (B, N, C) -> (B, N, C + ndim)."""
+    keys = keys if keys.dtype == torch.float64 else keys.float()  # half precision moves ranks
+    spread = keys.std(dim=(1, 2), keepdim=True) + 1e-6
+    mixed = with_coordinates(lam * keys / spread, key_shape)
+    scale = torch.ones_like(mixed[0, 0])
+    scale[keys.shape[2] :] = 1 - lam
+    return mixed * scale
+
+
+class Conv2d_NN(_ConvNN):
+    """Convolve a map over the K positions most similar to each, wherever they lie.
+
+    A position is always its own first neighbor; the others follow from most to least similar, and
+    the zeros of the border are candidates like any other position. No gradient flows through the
+    choice. With `similarity_type="Loc"`, `magnitude_type="euclidean"`, K = k² (k = 1, 3, 5) and
+    padding (k-1)/2 the layer equals `nn.Conv2d` on square maps, since neighbors chosen by
+    location are taken in the order of their index, ties going to the lower one.
+
+    Memory is O(N) a query at a time beside the output: the search goes by chunks.
+    Published code indexed the padded map with the unpadded width when sampling a grid, and took
+    grid positions twice; this layer does not.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        K: neighbors of a position, itself included.
+        stride: s, outputs are made for every s-th row and column.
+        padding: width of the border of zeros.
+        sampling_type: candidates are "all" positions of the padded map, `num_samples` "random"
+            ones (drawn anew at each forward in training, always the same in evaluation), or a
+            "spatial" grid of `num_samples` × `num_samples` over the unpadded map. With more
+            samples than positions, all compete.
+        num_samples: see above; -1 with "all".
+        sample_padding: margin left out of the "spatial" grid.
+        shuffle_pattern: "B" unshuffles the map before (channels × r²), "A" shuffles after, "BA"
+            both, "NA" neither.
+        shuffle_scale: r.
+        magnitude_type: "cosine" similarity or squared "euclidean" distance.
+        similarity_type: neighbors alike in features ("Col"), location ("Loc") or both
+            ("Loc_Col": λ · features / (their spread + 1e-6) beside (1-λ) · coordinates).
+        aggregation_type: what is aggregated, features ("Col") or features and coordinates
+            ("Loc_Col").
+        lambda_param: λ, for "Loc_Col" similarity.
+
+    Shape:
+        (B, C, H, W) -> (B, O, ceil(H/s), ceil(W/s)); "B" divides the sides by r, "A" multiplies.
+
+    Raises:
+        ValueError: for options that cannot work; in forward, if K exceeds the candidates (both
+            numbers are named) or r does not divide the map.
+
+    References:
+        Kang & Farias, Attention via Convolutional Nearest Neighbors, arXiv 2511.14137.
+
+    Example:
+        >>> layer = Conv2d_NN(in_channels=3, out_channels=8, K=9)
+        >>> layer(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
+    """
+
+    ndim = 2
+
+
+class Conv1d_NN(_ConvNN):
+    """Convolve a sequence over the K positions most similar to each; see `Conv2d_NN`.
+
+    Shape:
+        (B, C, L) -> (B, O, ceil(L/s)); one coordinate channel; a "spatial" grid has
+        `num_samples` positions.
+    """
+
+    ndim = 1

@@ -1,0 +1,36 @@
+"""Networks, one architecture family a file.
+
+`MODELS` maps the names users give to builders taking keyword arguments: classes, or
+`functools.partial` of classes. A model class says what it is, can do and needs:
+
+- `family`: its folder under `Output/`;
+- `tasks`: a tuple among "classification", "denoising", "approximation", "language";
+- `training`: "gradient", or "growth" (no gradients; sees pixels in [0, 1] instead of normalised);
+- `uses_layer`: whether it takes `layer=`;
+- `min_input_size`: the smallest side of an image it accepts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from models.resnet import ResBlock, ResNet
+from models.vgg import VGG
+
+__all__ = ["MODELS", "VGG", "ResBlock", "ResNet", "model_class"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vgg11": partial(VGG, depth=11),
+    "vgg13": partial(VGG, depth=13),
+    "vgg16": partial(VGG, depth=16),
+    "vgg19": partial(VGG, depth=19),
+    "resnet18": partial(ResNet, depth=18),
+    "resnet34": partial(ResNet, depth=34),
+}
+
+
+def model_class(name: str) -> type[nn.Module]:
+    """Return the class a name of `MODELS` builds, for its `tasks` and `min_input_size`."""
+    builder = MODELS[name]
+    return builder.func if isinstance(builder, partial) else builder
