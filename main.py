@@ -20,7 +20,7 @@ from torch import nn
 
 from dataset import DATASETS, Data, DataError, build_loader, limit, load_data, split_train
 from layers import LAYERS
-from models import MODELS, ModelEntry
+from models import MODELS, model_class
 from train_eval import (
     ClassificationTask,
     GradientTrainer,
@@ -449,8 +449,8 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 def default_output_dir(args: argparse.Namespace) -> str:
     """Return ./Output/<family>/<layer>, or <dataset> for models that take no layer."""
-    entry = MODELS[args.model]
-    return f"./Output/{entry.family}/{args.layer if entry.uses_layer else args.dataset}"
+    model_type = model_class(args.model)
+    return f"./Output/{model_type.family}/{args.layer if model_type.uses_layer else args.dataset}"
 
 
 def next_free(path: str) -> str:
@@ -532,7 +532,7 @@ def read_checkpoint(
     else:
         model = stored.get("model", args.model)
         fixed = {"model", *MODEL_FLAGS.get(model, ())}
-        if model in MODELS and MODELS[model].uses_layer:
+        if model in MODELS and model_class(model).uses_layer:
             fixed |= {"layer", *LAYER_FLAGS.get(stored.get("layer"), ())}
     differing = [
         f"--{name} is {stored.get(name)} there and {getattr(args, name)} here"
@@ -578,11 +578,11 @@ def check_arguments(
     parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
 ) -> None:
     """Refuse combinations that cannot work; note flags that have no effect."""
-    entry = MODELS[args.model]
+    model_type = model_class(args.model)
     task = DATASETS[args.dataset].task
-    if task not in entry.tasks:
-        fits = [name for name, row in DATASETS.items() if row.task in entry.tasks]
-        able = [name for name, row in MODELS.items() if task in row.tasks]
+    if task not in model_type.tasks:
+        fits = [name for name, row in DATASETS.items() if row.task in model_type.tasks]
+        able = [name for name in MODELS if task in model_class(name).tasks]
         parser.error(
             f"--model {args.model} cannot do {task}, the task of --dataset {args.dataset}. "
             f"Datasets for {args.model}: {', '.join(fits)}. "
@@ -592,32 +592,36 @@ def check_arguments(
         parser.error(f"--K takes one number for --model {args.model} (got {args.K}).")
     if args.val_split >= 1:
         parser.error(f"--val_split must lie in [0, 1) (got {args.val_split}).")
-    if args.resize is not None and args.resize < entry.min_side:
+    if args.resize is not None and args.resize < model_type.min_input_size:
         parser.error(
             f"--resize {args.resize} is too small for {args.model}, which would shrink it to "
-            f"nothing: it needs at least {entry.min_side}."
+            f"nothing: it needs at least {model_type.min_input_size}."
         )
     if args.use_compiled and not has_cpp_compiler():
         parser.error(
             "--use_compiled needs a C++ compiler and found none (g++, clang++, or $CXX). "
             "Install one (Debian: apt-get install g++), or leave the flag out."
         )
-    if entry.uses_layer:
+    if model_type.uses_layer:
         try:
             build_layer(args)(in_channels=16, out_channels=16)
         except ValueError as error:
             parser.error(f"--layer {args.layer}: {error}")
 
     # Flags without effect are said, not refused.
-    used = set(LAYER_FLAGS[args.layer]) if entry.uses_layer else set()
+    used = set(LAYER_FLAGS[args.layer]) if model_type.uses_layer else set()
     used |= set(MODEL_FLAGS.get(args.model, ()))
     of_layers = {flag for flags in LAYER_FLAGS.values() for flag in flags} | {"layer"}
     of_models = {flag for flags in MODEL_FLAGS.values() for flag in flags}
-    idle = ((of_layers | of_models) & given) - used - ({"layer"} if entry.uses_layer else set())
-    if entry.training == "growth":
+    idle = (
+        ((of_layers | of_models) & given) - used - ({"layer"} if model_type.uses_layer else set())
+    )
+    if model_type.training == "growth":
         idle |= set(GRADIENT_FLAGS) & given - used
     if idle:
-        where = f"--model {args.model}" + (f" --layer {args.layer}" if entry.uses_layer else "")
+        where = f"--model {args.model}" + (
+            f" --layer {args.layer}" if model_type.uses_layer else ""
+        )
         print(f"note: no effect with {where}: {', '.join(f'--{name}' for name in sorted(idle))}.")
 
     folder = Path(args.output_dir)
@@ -636,16 +640,16 @@ def build_layer(args: argparse.Namespace) -> Callable[..., nn.Module]:
     return partial(LAYERS[args.layer], **options)
 
 
-def build_data(args: argparse.Namespace, entry: ModelEntry) -> Data:
+def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
     """Load the dataset with its splits."""
     data = load_data(
         args.dataset,
         data_path=args.data_path,
         resize=args.resize,
-        min_side=entry.min_side,
+        min_side=model_type.min_input_size,
         augment=args.augment,
         noise=args.noise,
-        normalize=entry.training == "gradient",
+        normalize=model_type.training == "gradient",
         seed=args.seed,
     )
     if args.val_split > 0:
@@ -654,31 +658,31 @@ def build_data(args: argparse.Namespace, entry: ModelEntry) -> Data:
     return data
 
 
-def build_model(args: argparse.Namespace, entry: ModelEntry, data: Data) -> nn.Module:
+def build_model(args: argparse.Namespace, model_type: type[nn.Module], data: Data) -> nn.Module:
     """Build the network for the data's shape."""
     options = {name: getattr(args, name) for name in MODEL_FLAGS.get(args.model, ())}
-    if entry.uses_layer:
+    if model_type.uses_layer:
         options["layer"] = build_layer(args)
     if data.task == "classification":
         options |= {"in_channels": data.sample_shape[0], "num_classes": data.num_outputs}
-    return entry.build(**options)
+    return MODELS[args.model](**options)
 
 
-def build_task(args: argparse.Namespace, entry: ModelEntry, data: Data) -> Task:
+def build_task(args: argparse.Namespace, model_type: type[nn.Module], data: Data) -> Task:
     """Build the task that the dataset names."""
-    criterion = args.criterion if entry.training == "gradient" else None
+    criterion = args.criterion if model_type.training == "gradient" else None
     return ClassificationTask(data.num_outputs, criterion)
 
 
 def build_trainer(
     args: argparse.Namespace,
-    entry: ModelEntry,
+    model_type: type[nn.Module],
     model: nn.Module,
     task: Task,
     device: torch.device,
 ) -> Trainer:
     """Build how the model learns."""
-    if entry.training == "growth":
+    if model_type.training == "growth":
         return GrowthTrainer(model, task, device=device)
     optimizer = build_optimizer(
         model,
@@ -740,13 +744,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, given, checkpoint = parse_arguments(parser, argv)
     args.device = resolve_device(parser, args.device, "device" in given)
     check_arguments(parser, args, given)
-    entry, device = MODELS[args.model], torch.device(args.device)
+    model_type, device = model_class(args.model), torch.device(args.device)
 
     seed_everything(args.seed)
     try:
-        data = build_data(args, entry)
-        model = build_model(args, entry, data).to(device)
-        model_text = probe(model, entry, data, device)
+        data = build_data(args, model_type)
+        model = build_model(args, model_type, data).to(device)
+        model_text = probe(model, model_type, data, device)
         if checkpoint is not None:
             load_weights(model, checkpoint)
     except ValueError as error:  # DataError, and what layers and models refuse
@@ -755,13 +759,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(note)
     if args.use_compiled:
         compile_model(model, args.compile_mode)
-    task = build_task(args, entry, data)
+    task = build_task(args, model_type, data)
     run = RunFolder(args.output_dir)
     command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         if args.test_only:
             return test(args, data, model, task, device, run, checkpoint)
-        trainer = build_trainer(args, entry, model, task, device)
+        trainer = build_trainer(args, model_type, model, task, device)
         if args.dry_run:
             return dry_run(args, data, trainer, task, device)
         return train(args, data, trainer, task, device, run, checkpoint, command, model_text)
@@ -783,9 +787,9 @@ def resume_hint(run: RunFolder) -> str:
     )
 
 
-def probe(model: nn.Module, entry: ModelEntry, data: Data, device: torch.device) -> str:
+def probe(model: nn.Module, model_type: type[nn.Module], data: Data, device: torch.device) -> str:
     """Describe the model by a forward pass of a blank sample: shapes that cannot work fail here."""
-    if entry.training == "growth":
+    if model_type.training == "growth":
         return f"{model}\n"
     return describe_model(model, torch.zeros(1, *data.sample_shape, device=device))
 

@@ -15,10 +15,12 @@ from functools import partial
 
 from torch import nn
 
+from models.dncnn import DnCNN
+from models.n3net import N3Net
 from models.resnet import ResBlock, ResNet
 from models.vgg import VGG
 
-__all__ = ["MODELS", "VGG", "ResBlock", "ResNet", "model_class"]
+__all__ = ["MODELS", "VGG", "DnCNN", "N3Net", "ResBlock", "ResNet", "model_class"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg11": partial(VGG, depth=11),
@@ -27,6 +29,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg19": partial(VGG, depth=19),
     "resnet18": partial(ResNet, depth=18),
     "resnet34": partial(ResNet, depth=34),
+    "dncnn": DnCNN,
+    "n3net": N3Net,
 }
 
 

@@ -28,6 +28,7 @@ class VGG(nn.Module):
         in_channels: channels of the images.
         num_classes: number of outputs.
         dropout: probability of dropping a hidden feature of the classifier.
+        hidden_features: width of the two hidden layers of the classifier.
 
     Shape:
         (B, in_channels, H, W) -> (B, num_classes); H, W at least 32.
@@ -50,6 +51,7 @@ class VGG(nn.Module):
         in_channels: int = 3,
         num_classes: int = 10,
         dropout: float = 0.5,
+        hidden_features: int = 4096,
     ):
         super().__init__()
         if depth not in STAGES:
@@ -68,13 +70,13 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*modules)
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
         self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096),
+            nn.Linear(512 * 7 * 7, hidden_features),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
+            nn.Linear(hidden_features, hidden_features),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(4096, num_classes),
+            nn.Linear(hidden_features, num_classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:
