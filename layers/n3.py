@@ -1,0 +1,811 @@
+"""Neural nearest neighbors: a differentiable choice of the K nearest patches.
+
+T. Plötz, S. Roth, "Neural Nearest Neighbors Networks", NeurIPS 2018,
+https://arxiv.org/abs/1810.12575. With logits α¹ = -d / t (eq. 7), the weights of the j-th relaxed
+neighbor are w^j = softmax(α^j), and α^{j+1} = α^j + log(1 - w^j) takes its mass out of the running
+(eqs. 8-11). As t → 0, w^j becomes one-hot at the j-th nearest candidate.
+
+Symbols: B batch, M queries, N database items, O candidates of a query, K neighbor volumes, d
+squared distance, t temperature. The image blocks also have two rivals of the paper: a hard choice
+(KNN) and a stochastic relaxation (Concrete); all three share the patch arithmetic of
+`layers.patches`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.patches import (
+    CHUNK_BYTES,
+    PatchGrid,
+    TileIndices,
+    WindowTiles,
+    _patch_norms,
+    _tile_bytes,
+    aggregate_part,
+    aggregate_tiles,
+    distances_of_part,
+    tile_distances,
+)
+
+__all__ = [
+    "ConcreteBlock",
+    "ConcreteNeighbors",
+    "HardNeighbors",
+    "KNNBlock",
+    "N3Aggregation",
+    "N3Aggregation2d",
+    "N3Block",
+    "NeuralNearestNeighbors",
+    "feature_cnn",
+    "init_batch_norm",
+    "relaxed_selection",
+]
+
+SATURATION = (
+    2.0**-53
+)  # 1 - w below this counts as 0, as it does when the formula is evaluated in float64
+
+
+def _relax_forward(alpha: Tensor, K: int, saturation: float) -> Tensor:
+    """Run the K rounds on logits (R, O), which are used up; returns weights (K, R, O).
+
+    At most one weight of a row can be near 1. For it 1 - w is the sum of the others, which keeps
+    full relative precision where the subtraction would have none.
+    """
+    weights = alpha.new_empty(K, *alpha.shape)
+    for j in range(K):
+        w = torch.softmax(alpha, -1)
+        weights[j] = w
+        if j == K - 1:
+            break
+        top = w.argmax(-1, keepdim=True)
+        change = w.neg_().scatter_(-1, top, 0.0)
+        rest = -change.sum(-1, keepdim=True)  # 1 - the largest weight
+        gone = torch.where(rest > saturation, rest, 0.0).log()  # -inf: removed for good
+        alpha += change.log1p_().scatter_(-1, top, gone)
+    return weights
+
+
+def _relax_backward(weights: Tensor, grad: Tensor) -> Tensor:
+    """Gradient (R, O) of the logits from weights and their gradient (K, R, O)."""
+    total = torch.zeros_like(weights[0])  # gradient of α^{j+1}
+    for w, gw in zip(reversed(weights.unbind(0)), reversed(grad.unbind(0)), strict=True):
+        # For all but the largest: dα_i/dlog w_i = -w_i / (1 - w_i), with 1 - w_i >= 1/2.
+        top = w.argmax(-1, keepdim=True)
+        others = w.scatter(-1, top, 0.0)
+        rest = others.sum(-1, keepdim=True)
+        at_top = w.gather(-1, top)
+        total_top = total.gather(-1, top)
+        direct = gw - total.div(1 - others).scatter_(-1, top, 0.0)
+        direct *= w
+        slope = direct.sum(-1, keepdim=True)
+        # The largest: w_k / (1 - w_top) <= 1, so the factor below is tame once w_k is on it.
+        pull = total_top * at_top / rest.clamp(min=1e-30)
+        new_top = total_top * (1 - at_top) + direct.gather(-1, top) - at_top * slope
+        total = total + direct
+        total.addcmul_(w, pull - slope).scatter_(-1, top, new_top)
+    return total
+
+
+class _RelaxedSelection(torch.autograd.Function):
+    """The K rounds; only the weights are saved."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, K: int, saturation: float) -> Tensor:
+        weights = _relax_forward(logits.clone(), K, saturation)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        return _relax_backward(weights, grad), None, None
+
+
+def relaxed_selection(logits: Tensor, K: int, saturation: float = SATURATION) -> Tensor:
+    """Relax the choice of the K largest logits.
+
+    Args:
+        logits: α¹ (…, O), larger is nearer; -inf excludes a candidate. At least K must be finite.
+        K: Neighbor volumes.
+        saturation: Once 1 - w falls to this, the candidate is removed outright. The default is
+            where the formula does so in float64, whatever the dtype of `logits`; 2**-24 is where
+            plain float32 evaluation does.
+
+    Returns:
+        Weights (K, …, O) in float32 (float64 for float64 logits); every row sums to 1.
+    """
+    if K < 1:
+        raise ValueError(f"K must be at least 1, got {K}.")
+    if logits.shape[-1] < K:
+        raise ValueError(f"K = {K} neighbors asked of {logits.shape[-1]} candidates.")
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    rows = logits.reshape(-1, logits.shape[-1])
+    if torch.is_grad_enabled() and rows.requires_grad:
+        weights = _RelaxedSelection.apply(rows, K, saturation)
+    else:
+        weights = _relax_forward(rows.clone(), K, saturation)
+    return weights.view(K, *logits.shape)
+
+
+class NeuralNearestNeighbors(nn.Module):
+    """Weights of K relaxed nearest neighbors from squared distances.
+
+    A scalar batch norm scales the distances (eps 1e-5 matters: their variance is about as small).
+    Its mean and bias shift all logits of a query alike and so change nothing; they are kept for
+    the published checkpoints.
+
+    Args:
+        K: Neighbor volumes.
+        temperature: "external": the log temperature comes with each call; "learned": one scalar
+            `log_temp`.
+        temp_bias: Its logarithm is added to the log temperature; 0 or None adds nothing.
+        distance_bn: Scale distances by a batch norm.
+        saturation: See `relaxed_selection`.
+
+    Shape:
+        distances (…, O), log temperature (…) -> weights (…, K, O).
+    """
+
+    def __init__(
+        self,
+        K: int = 7,
+        temperature: str = "external",
+        temp_bias: float | None = 0.1,
+        distance_bn: bool = True,
+        saturation: float = SATURATION,
+    ) -> None:
+        super().__init__()
+        if K < 1:
+            raise ValueError(f"K must be at least 1, got {K}.")
+        if temperature not in ("external", "learned"):
+            raise ValueError(f"temperature must be 'external' or 'learned', got {temperature!r}.")
+        if temp_bias is not None and temp_bias < 0:
+            raise ValueError(f"temp_bias must be positive (or 0 for none), got {temp_bias}.")
+        self.K = K
+        self.log_bias = math.log(temp_bias) if temp_bias else 0.0
+        self.saturation = saturation
+        if temperature == "learned":
+            self.log_temp = nn.Parameter(torch.zeros(1))
+        else:
+            self.register_parameter("log_temp", None)
+        self.bn = nn.BatchNorm1d(1) if distance_bn else None
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the weights of one query depend on all others (statistics of a batch)."""
+        return self.bn is not None and (self.training or self.bn.running_var is None)
+
+    def logits(
+        self,
+        distances: Tensor,
+        log_temp: Tensor | None = None,
+        mask: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
+        """Scaled negative distances (…, O); -inf where the mask is False."""
+        distances = distances if distances.dtype == torch.float64 else distances.float()
+        if self.log_temp is not None:
+            log_temp = self.log_temp
+        if log_temp is None:
+            inverse = distances.new_tensor(math.exp(-self.log_bias))
+        else:
+            inverse = torch.exp(-(log_temp.to(distances.dtype) + self.log_bias))[..., None]
+        if self.bn is not None:
+            inverse = inverse * self._gain(distances, mask if counted is None else counted)
+        logits = -distances * inverse
+        return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+
+    def _gain(self, distances: Tensor, counted: Tensor | None) -> Tensor:
+        """Slope of the batch norm (1,) over counted distances; updates running statistics."""
+        bn = self.bn
+        if self.needs_all:
+            if counted is None:
+                number = distances.numel()
+                var, mean = torch.var_mean(distances, correction=0)
+            else:
+                repeats = distances.numel() // counted.numel()
+                number = counted.sum() * repeats
+                mean = torch.where(counted, distances, 0.0).sum() / number
+                var = torch.where(counted, distances - mean, 0.0).square().sum() / number
+            if bn.training and bn.running_var is not None:
+                with torch.no_grad():
+                    bn.num_batches_tracked += 1
+                    share = bn.momentum
+                    if share is None:
+                        share = 1.0 / bn.num_batches_tracked.item()
+                    unbiased = var.detach() * (number / (number - 1))
+                    bn.running_mean.lerp_(-mean.detach().to(bn.running_mean), share)
+                    bn.running_var.lerp_(unbiased.to(bn.running_var), share)
+        else:
+            var = bn.running_var
+        # The bias acts on no weight; it stays in the graph so that its gradient is 0, not missing.
+        return bn.weight * torch.rsqrt(var + bn.eps) + 0.0 * bn.bias
+
+    def forward(
+        self,
+        distances: Tensor,
+        log_temp: Tensor | None = None,
+        mask: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
+        """Relax the choice of the K nearest.
+
+        Args:
+            distances: Squared distances (…, O), >= 0.
+            log_temp: Log temperature (…), where it is external; None means 0.
+            mask: Candidates that may be chosen (…, O), broadcast from the left.
+            counted: Candidates that enter the statistics, where these differ from `mask`.
+
+        Returns:
+            Weights (…, K, O) in float32 (float64 for float64 input).
+        """
+        with torch.autocast(distances.device.type, enabled=False):
+            logits = self.logits(distances, log_temp, mask, counted)
+            return relaxed_selection(logits, self.K, self.saturation).movedim(0, -2)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        kind = "external" if self.log_temp is None else "learned"
+        return f"K={self.K}, temperature={kind!r}, temp_bias={math.exp(self.log_bias):g}"
+
+
+class HardNeighbors(nn.Module):
+    """One-hot weights of the K nearest candidates; no gradient to distances.
+
+    Args:
+        K: Neighbors.
+    """
+
+    needs_all = False
+
+    def __init__(self, K: int = 7) -> None:
+        super().__init__()
+        if K < 1:
+            raise ValueError(f"K must be at least 1, got {K}.")
+        self.K = K
+
+    def forward(
+        self,
+        distances: Tensor,
+        log_temp: Tensor | None = None,
+        mask: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
+        """Squared distances (…, O) -> weights (…, K, O); `log_temp`, `counted` have no effect."""
+        if mask is not None:
+            distances = distances.masked_fill(~mask, torch.inf)
+        nearest = distances.detach().topk(self.K, dim=-1, largest=False).indices
+        out = distances.new_zeros(self.K, *distances.shape).movedim(0, -2)
+        return out.scatter_(-1, nearest[..., None], 1.0)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"K={self.K}"
+
+
+class ConcreteNeighbors(nn.Module):
+    """Stochastic relaxation: each volume is a Concrete (Gumbel-softmax) sample, none repeated.
+
+    w^j = softmax((α^j + g) / τ) with Gumbel noise g and the learned annealing parameter τ; α^{j+1}
+    = α^j + log(1 - w^j). In eval mode the noise is left out, so that evaluation is repeatable.
+
+    Args:
+        K: Neighbor volumes.
+        distance_bn: Scale distances by a batch norm, as `NeuralNearestNeighbors` does.
+        annealing: Starting value of τ.
+    """
+
+    def __init__(self, K: int = 7, distance_bn: bool = True, annealing: float = 0.1) -> None:
+        super().__init__()
+        if annealing <= 0:
+            raise ValueError(f"annealing must be positive, got {annealing}.")
+        self.scale = NeuralNearestNeighbors(K, temp_bias=None, distance_bn=distance_bn)
+        self.K = K
+        self.log_annealing = nn.Parameter(torch.tensor([math.log(annealing)]))
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the weights of one query depend on all others."""
+        return self.scale.needs_all
+
+    def forward(
+        self,
+        distances: Tensor,
+        log_temp: Tensor | None = None,
+        mask: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
+        """Squared distances (…, O) -> weights (…, K, O)."""
+        with torch.autocast(distances.device.type, enabled=False):
+            alpha = self.scale.logits(distances, log_temp, mask, counted)
+            inverse = torch.exp(-self.log_annealing)
+            out = []
+            for _ in range(self.K):
+                noise = -torch.empty_like(alpha).exponential_().log() if self.training else 0.0
+                w = torch.softmax((alpha + noise) * inverse, -1)
+                out.append(w)
+                alpha = alpha + torch.log1p(-w.clamp(max=1 - 1e-6))
+            return torch.stack(out, -2)
+
+
+class _CandidateDistances(torch.autograd.Function):
+    """Squared distances of queries and their candidates, a chunk of queries at a time."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, items: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(query, items, index)
+        out = query.new_empty(index.shape)
+        for s in _query_chunks(index, items):
+            keys = _take_items(items, index[:, s])  # (B, m, O, E)
+            products = torch.matmul(keys, query[:, s, :, None])[..., 0]
+            norms = keys.square().sum(-1) + query[:, s].square().sum(-1, keepdim=True)
+            out[:, s] = (norms - 2 * products).clamp_(min=0)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        query, items, index = ctx.saved_tensors
+        grad_query, grad_items = torch.empty_like(query), torch.zeros_like(items)
+        for s in _query_chunks(index, items):
+            steps = query[:, s, None] - _take_items(items, index[:, s])
+            steps *= 2 * grad[:, s, :, None]
+            grad_query[:, s] = steps.sum(2)
+            _add_items(grad_items, index[:, s], -steps)
+        return grad_query, grad_items, None
+
+
+class _CandidateAggregate(torch.autograd.Function):
+    """Weighted sums of candidates, a chunk of queries at a time."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, items: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, items, index)
+        b, m, k, _ = weights.shape
+        out = items.new_empty(b, m, k, items.shape[-1])
+        for s in _query_chunks(index, items):
+            out[:, s] = weights[:, s] @ _take_items(items, index[:, s])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, items, index = ctx.saved_tensors
+        grad_weights, grad_items = torch.empty_like(weights), torch.zeros_like(items)
+        for s in _query_chunks(index, items):
+            keys = _take_items(items, index[:, s])
+            grad_weights[:, s] = grad[:, s] @ keys.transpose(-1, -2)
+            _add_items(grad_items, index[:, s], weights[:, s].transpose(-1, -2) @ grad[:, s])
+        return grad_weights, grad_items, None
+
+
+def _query_chunks(index: Tensor, items: Tensor) -> Iterator[slice]:
+    """Slices of queries whose gathered candidates stay within the byte budget."""
+    b, m, o = index.shape
+    step = max(1, CHUNK_BYTES // (b * o * items.shape[-1] * items.element_size()))
+    return (slice(i, min(i + step, m)) for i in range(0, m, step))
+
+
+def _take_items(items: Tensor, index: Tensor) -> Tensor:
+    """Items (B, N, E) at positions (B, m, O) -> (B, m, O, E)."""
+    batch = torch.arange(items.shape[0], device=items.device)[:, None, None]
+    return items[batch, index]
+
+
+def _add_items(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add values (B, m, O, E) to rows of `out` (B, N, E)."""
+    b, n, e = out.shape
+    offset = torch.arange(b, device=out.device)[:, None, None] * n
+    out.view(-1, e).index_add_(0, (index + offset).flatten(), values.reshape(-1, e))
+
+
+class N3Aggregation(nn.Module):
+    """Neural nearest neighbors over any sets: words, points, patches. Memory O(B·M·O), never M × N.
+
+    Args:
+        nnn: Turns distances into weights: `NeuralNearestNeighbors`, `HardNeighbors` or
+            `ConcreteNeighbors`.
+
+    Shape:
+        items (B, N, F), item features (B, N, E), query features (B, M, E), indices (B, M, O) or
+        (M, O), log temperature (B, M) -> (B, M, F, K).
+    """
+
+    def __init__(self, nnn: nn.Module | None = None) -> None:
+        super().__init__()
+        self.nnn = NeuralNearestNeighbors() if nnn is None else nnn
+
+    def forward(
+        self,
+        items: Tensor,
+        item_features: Tensor,
+        query_features: Tensor,
+        indices: Tensor,
+        log_temp: Tensor | None = None,
+    ) -> Tensor:
+        """Sum the candidates of every query under the weights of each volume.
+
+        Args:
+            items: What is summed (B, N, F).
+            item_features: What the items are matched by (B, N, E).
+            query_features: What the queries are matched by (B, M, E).
+            indices: Candidates of each query, positions among the items; leave a query's own item
+                out of them.
+            log_temp: Log temperature of each query, where it is external.
+
+        Returns:
+            Volumes (B, M, F, K).
+        """
+        if indices.ndim == 2:
+            indices = indices.expand(items.shape[0], -1, -1)
+        if indices.shape[-1] < self.nnn.K:
+            raise ValueError(f"K = {self.nnn.K} neighbors asked of {indices.shape[-1]} candidates.")
+        with torch.autocast(items.device.type, enabled=False):
+            full = torch.float64 if items.dtype == torch.float64 else torch.float32
+            distances = _CandidateDistances.apply(
+                query_features.to(full), item_features.to(full), indices
+            )
+            weights = self.nnn(distances, log_temp)  # (B, M, K, O)
+            volumes = _CandidateAggregate.apply(weights, items.to(full), indices)
+        return volumes.transpose(-1, -2).to(items.dtype)
+
+
+class N3Aggregation2d(nn.Module):
+    """K neighbor volumes of an image: patches, windows, selection, weighted patches averaged back.
+
+    Args:
+        nnn: Selection, see `N3Aggregation`.
+        patch_size: Side of a patch in pixels.
+        stride: Distance of neighboring patches, at most `patch_size`.
+        window: Side of the window of candidates in patches, odd; it shrinks on images with fewer
+            patches.
+        pad_mode: "zeros" or "reflect".
+        temp_pool: Temperature of a patch: the "average" over its log-temperature pixels, or the
+            "center" pixel.
+
+    Shape:
+        values (B, C, H, W), features (B, E, H, W), log temperature (B, 1, H, W) -> (B, K·C, H, W),
+        volume-major.
+    """
+
+    def __init__(
+        self,
+        nnn: nn.Module | None = None,
+        patch_size: int = 10,
+        stride: int = 5,
+        window: int = 15,
+        pad_mode: str = "zeros",
+        temp_pool: str = "average",
+    ) -> None:
+        super().__init__()
+        if patch_size < 1 or not 1 <= stride <= patch_size:
+            raise ValueError(
+                f"stride must be between 1 and patch_size, got stride {stride} and patch_size "
+                f"{patch_size}."
+            )
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"window must be odd, got {window}: a query sits in the middle of it.")
+        if pad_mode not in ("zeros", "reflect"):
+            raise ValueError(f"pad_mode must be 'zeros' or 'reflect', got {pad_mode!r}.")
+        if temp_pool not in ("average", "center"):
+            raise ValueError(f"temp_pool must be 'average' or 'center', got {temp_pool!r}.")
+        self.aggregation = N3Aggregation(nnn)
+        K = self.aggregation.nnn.K
+        if window * window - 1 < K:
+            raise ValueError(
+                f"K = {K} neighbors asked of {window * window - 1} candidates (a window of "
+                f"{window}x{window} patches without the query itself)."
+            )
+        self.patch_size = patch_size
+        self.stride = stride
+        self.window = window
+        self.pad_mode = pad_mode
+        self.temp_pool = temp_pool
+
+    def grid(self, height: int, width: int, pad_start: tuple[int, int] | None = None) -> PatchGrid:
+        """Patches of an image; refuses one with too few for K neighbors."""
+        grid = PatchGrid(height, width, self.patch_size, self.stride, pad_start, self.pad_mode)
+        found = min(self.window, grid.rows) * min(self.window, grid.cols) - 1
+        if found < self.aggregation.nnn.K:
+            raise ValueError(
+                f"K = {self.aggregation.nnn.K} neighbors asked of {found} candidates: an image of "
+                f"{height}x{width} has {grid.rows}x{grid.cols} patches of side "
+                f"{self.patch_size} at stride {self.stride}."
+            )
+        return grid
+
+    def patch_temperatures(self, log_temp: Tensor, grid: PatchGrid) -> Tensor:
+        """Log temperature of every patch (B, M) from padded pixels (B, 1, Hp, Wp)."""
+        if self.temp_pool == "average":
+            return F.avg_pool2d(log_temp, self.patch_size, self.stride).flatten(1)
+        middle = self.patch_size // 2
+        centers = log_temp[:, 0, middle :: self.stride, middle :: self.stride]
+        return centers[:, : grid.rows, : grid.cols].flatten(1)
+
+    def forward(
+        self,
+        values: Tensor,
+        features: Tensor,
+        log_temp: Tensor | None = None,
+        pad_start: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Average, in every pixel, what the neighbors of the patches over it have there.
+
+        Args:
+            values: Image to take patches of (B, C, H, W).
+            features: Image the patches are matched by (B, E, H, W).
+            log_temp: Log-temperature image (B, 1, H, W), where the temperature is external.
+            pad_start: Rows and columns of padding at the top and left, see `PatchGrid`.
+
+        Returns:
+            Volumes (B, K·C, H, W): all channels of the nearest, then of the second nearest, and so
+                on.
+        """
+        b, c, height, width = values.shape
+        grid = self.grid(height, width, pad_start)
+        with torch.autocast(values.device.type, enabled=False):
+            full = torch.float64 if values.dtype == torch.float64 else torch.float32
+            blocks = grid.to_blocks(grid.pad(values.to(full)))
+            features = grid.pad(features.to(full))
+            # Distances are unchanged by a common shift, and lose fewer digits around zero.
+            features = features - features.detach().mean((2, 3), keepdim=True)
+            matched = grid.to_blocks(features)
+            if log_temp is not None:
+                log_temp = self.patch_temperatures(grid.pad(log_temp.to(full)), grid)
+            tiles = WindowTiles(grid.rows, grid.cols, self.window, grid.ratio, values.device)
+            nnn = self.aggregation.nnn
+            if torch.is_grad_enabled() or nnn.needs_all:
+                distances = tile_distances(matched, tiles)  # (B, T, p, q, u, v)
+                weights = self._select(distances, log_temp, tiles.part(0, tiles.count))
+                sums = aggregate_tiles(weights, blocks, tiles)
+            else:
+                sums = self._stream(matched, blocks, log_temp, tiles)
+            return grid.from_blocks(sums, c).to(values.dtype)
+
+    def _select(self, distances: Tensor, log_temp: Tensor | None, part: TileIndices) -> Tensor:
+        """Weights (K, B, T, p, q, u, v) from distances (B, T, p, q, u, v) of some tiles."""
+        mask = part.inside.flatten(-2)
+        counted = mask if part.fresh is None else mask & part.fresh[..., None]
+        if log_temp is not None:
+            log_temp = log_temp[:, part.query]
+        weights = self.aggregation.nnn(distances.flatten(-2), log_temp, mask, counted)
+        return weights.movedim(-2, 0).unflatten(-1, distances.shape[-2:])
+
+    def _stream(
+        self, matched: Tensor, blocks: Tensor, log_temp: Tensor | None, tiles: WindowTiles
+    ) -> Tensor:
+        """Sums (B, K, G, F), some tiles at a time; for inference."""
+        K = self.aggregation.nnn.K
+        out = blocks.new_zeros(blocks.shape[0], K, *blocks.shape[1:])
+        norms = _patch_norms(matched, tiles.grid, tiles.ratio)
+        for i, j in tiles.chunks(_tile_bytes(tiles, blocks, 2 * K)):
+            part = tiles.part(i, j)
+            distances = distances_of_part(matched, norms, part, tiles.ratio)
+            aggregate_part(self._select(distances, log_temp, part), blocks, part, tiles.ratio, out)
+        return out
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return (
+            f"patch_size={self.patch_size}, stride={self.stride}, window={self.window}, "
+            f"pad_mode={self.pad_mode!r}, temp_pool={self.temp_pool!r}"
+        )
+
+
+def init_batch_norm(bn: nn.BatchNorm2d) -> None:
+    """Draw the published starting gains: |N(0, 2 / (9·features))|, none below 0.025."""
+    nn.init.normal_(bn.weight, 0, math.sqrt(2 / (9 * bn.num_features)))
+    with torch.no_grad():
+        bn.weight.abs_().clamp_(min=0.025)
+    nn.init.zeros_(bn.bias)
+
+
+def feature_cnn(
+    in_channels: int,
+    out_channels: int,
+    features: int = 64,
+    depth: int = 3,
+    bn_momentum: float = 0.001,
+) -> nn.Sequential:
+    """Build the CNN that makes embeddings or log temperatures: 3×3 convolutions, batch norm."""
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}.")
+    steps: list[nn.Module] = []
+    for _ in range(depth - 1):
+        steps.append(nn.Conv2d(in_channels, features, 3, padding=1, bias=False))
+        steps.append(nn.BatchNorm2d(features, momentum=bn_momentum))
+        init_batch_norm(steps[-1])
+        steps.append(nn.ReLU(inplace=True))
+        in_channels = features
+    steps.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+    return nn.Sequential(*steps)
+
+
+class _NonlocalBlock(nn.Module):
+    """Input beside what its neighbor volumes add to it; subclasses set the parts."""
+
+    embedcnn: nn.Module | None
+    tempcnn: nn.Module | None
+    n3aggregation: N3Aggregation2d
+
+    @property
+    def volumes(self) -> int:
+        """Number of neighbor volumes K."""
+        return self.n3aggregation.aggregation.nnn.K
+
+    def forward(
+        self, x: Tensor, matched: Tensor | None = None, pad_start: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Gather the neighbors of every patch.
+
+        Args:
+            x: Feature maps (B, C, H, W) of any height and width.
+            matched: Features to match patches by (B, E, H, W); None: the embedding of x, or x
+                where there is none.
+            pad_start: Rows and columns of padding at the top and left, see `PatchGrid`.
+
+        Returns:
+            x, then each volume minus x: (B, (K + 1)·C, H, W).
+        """
+        if matched is None:
+            matched = x if self.embedcnn is None else self.embedcnn(x)
+        log_temp = None if self.tempcnn is None else self.tempcnn(x)
+        z = self.n3aggregation(x, matched, log_temp, pad_start)
+        b, c, height, width = x.shape
+        z = z.view(b, self.volumes, c, height, width)
+        if torch.is_grad_enabled():
+            return torch.cat((x, (z - x[:, None]).flatten(1, 2)), 1)
+        out = x.new_empty(b, (self.volumes + 1) * c, height, width)
+        out[:, :c] = x
+        torch.sub(z, x[:, None], out=out[:, c:].unflatten(1, (self.volumes, c)))
+        return out
+
+
+class N3Block(_NonlocalBlock):
+    """Neural nearest neighbors block for images, with its published defaults.
+
+    Args:
+        in_channels: Channels C of the input.
+        K: Neighbor volumes; the output has (K + 1)·C channels.
+        patch_size: Side of a patch in pixels.
+        stride: Distance of neighboring patches in pixels.
+        window: Side of the window of candidate patches, odd; the query itself is excluded.
+        embed_channels: Channels of the embedding; 0: no embedding network, patches of the input
+            (or of the features given to `forward`) are compared as they are.
+        embed_features: Channels inside the embedding and temperature networks.
+        embed_depth: Convolutions in each of these networks.
+        temperature: "image": a network gives one for every pixel; "learned": one scalar; "fixed":
+            1 (times the bias).
+        temp_bias: Its logarithm is added to the log temperature; 0 adds nothing.
+        temp_pool: "average" over a patch (published code) or its "center" pixel (paper text).
+        distance_bn: Scale distances by a batch norm.
+        pad_mode: "zeros" (published) or "reflect", for what the patch grid needs around the image.
+        bn_momentum: Weight of a new batch in the running statistics of the networks.
+        saturation: See `relaxed_selection`.
+
+    Shape:
+        (B, C, H, W) -> (B, (K + 1)·C, H, W).
+
+    References:
+        Plötz & Roth, NeurIPS 2018, arXiv 1810.12575, sections 3 and 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 8,
+        K: int = 7,
+        patch_size: int = 10,
+        stride: int = 5,
+        window: int = 15,
+        embed_channels: int = 8,
+        embed_features: int = 64,
+        embed_depth: int = 3,
+        temperature: str = "image",
+        temp_bias: float = 0.1,
+        temp_pool: str = "average",
+        distance_bn: bool = True,
+        pad_mode: str = "zeros",
+        bn_momentum: float = 0.001,
+        saturation: float = SATURATION,
+    ) -> None:
+        super().__init__()
+        if temperature not in ("image", "learned", "fixed"):
+            raise ValueError(
+                f"temperature must be 'image', 'learned' or 'fixed', got {temperature!r}."
+            )
+
+        def network(channels: int) -> nn.Module:
+            return feature_cnn(in_channels, channels, embed_features, embed_depth, bn_momentum)
+
+        self.embedcnn = network(embed_channels) if embed_channels else None
+        self.tempcnn = network(1) if temperature == "image" else None
+        nnn = NeuralNearestNeighbors(
+            K,
+            temperature="learned" if temperature == "learned" else "external",
+            temp_bias=temp_bias,
+            distance_bn=distance_bn,
+            saturation=saturation,
+        )
+        self.n3aggregation = N3Aggregation2d(nnn, patch_size, stride, window, pad_mode, temp_pool)
+
+
+class KNNBlock(_NonlocalBlock):
+    """Hard twin of `N3Block`: the K nearest patches.
+
+    Patches are matched on the features given to `forward`, or on the input itself.
+
+    Args:
+        K: Neighbors.
+        patch_size: Side of a patch in pixels.
+        stride: Distance of neighboring patches in pixels.
+        window: Side of the window of candidate patches, odd; the query itself is excluded.
+        pad_mode: "zeros" or "reflect".
+
+    Shape:
+        (B, C, H, W) -> (B, (K + 1)·C, H, W).
+    """
+
+    def __init__(
+        self,
+        K: int = 7,
+        patch_size: int = 10,
+        stride: int = 5,
+        window: int = 15,
+        pad_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        self.embedcnn = self.tempcnn = None
+        self.n3aggregation = N3Aggregation2d(HardNeighbors(K), patch_size, stride, window, pad_mode)
+
+
+class ConcreteBlock(_NonlocalBlock):
+    """Stochastic twin of `N3Block`: an embedding and Concrete samples, the annealing learned.
+
+    Args:
+        in_channels: Channels C of the input.
+        K: Neighbor volumes.
+        patch_size: Side of a patch in pixels.
+        stride: Distance of neighboring patches in pixels.
+        window: Side of the window of candidate patches, odd; the query itself is excluded.
+        embed_channels: Channels of the embedding; 0: none.
+        embed_features: Channels inside the embedding network.
+        embed_depth: Convolutions in the embedding network.
+        distance_bn: Scale distances by a batch norm.
+        annealing: Starting value of the annealing parameter.
+        pad_mode: "zeros" or "reflect".
+        bn_momentum: Weight of a new batch in the running statistics of the network.
+
+    Shape:
+        (B, C, H, W) -> (B, (K + 1)·C, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 8,
+        K: int = 7,
+        patch_size: int = 10,
+        stride: int = 5,
+        window: int = 15,
+        embed_channels: int = 8,
+        embed_features: int = 64,
+        embed_depth: int = 3,
+        distance_bn: bool = True,
+        annealing: float = 0.1,
+        pad_mode: str = "zeros",
+        bn_momentum: float = 0.001,
+    ) -> None:
+        super().__init__()
+        self.embedcnn = (
+            feature_cnn(in_channels, embed_channels, embed_features, embed_depth, bn_momentum)
+            if embed_channels
+            else None
+        )
+        self.tempcnn = None
+        nnn = ConcreteNeighbors(K, distance_bn=distance_bn, annealing=annealing)
+        self.n3aggregation = N3Aggregation2d(nnn, patch_size, stride, window, pad_mode)

@@ -1,0 +1,92 @@
+"""DnCNN: a convolutional denoiser that predicts the noise.
+
+K. Zhang et al., "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image Denoising",
+IEEE TIP 2017, https://arxiv.org/abs/1608.03981.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from layers.n3 import init_batch_norm
+
+__all__ = ["DnCNN"]
+
+
+class DnCNN(nn.Module):
+    """Convolution and ReLU, depth - 2 times convolution, batch norm and ReLU, convolution.
+
+    The input is added to the output: to its first channels, where the two differ in number.
+
+    Args:
+        in_channels: Channels of the noisy image.
+        out_channels: Channels of the output; None: as many as the input has.
+        depth: Number of convolutions, at least 2.
+        features: Channels between them.
+        batch_norm: Batch norm after the inner convolutions; without it they have a bias.
+        residual: Add the input to the output.
+        bn_momentum: Weight of a new batch in the running statistics.
+        layer: What takes the place of the inner convolutions, called with `in_channels` and
+            `out_channels`; None: 3×3 convolutions.
+
+    Shape:
+        Noisy images (B, in_channels, H, W) in [0, 1], not clipped -> (B, out_channels, H, W).
+    """
+
+    family = "DnCNN"
+    tasks = ("denoising",)
+    training = "gradient"
+    uses_layer = True
+    min_input_size = 1
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int | None = None,
+        depth: int = 17,
+        features: int = 64,
+        batch_norm: bool = True,
+        residual: bool = True,
+        bn_momentum: float = 0.001,
+        layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if depth < 2:
+            raise ValueError(f"depth must be at least 2, got {depth}.")
+        out_channels = in_channels if out_channels is None else out_channels
+        self.shared = min(in_channels, out_channels) if residual else 0
+        self.conv1 = nn.Conv2d(in_channels, features, 3, padding=1)
+        inner: list[nn.Module] = []
+        for _ in range(depth - 2):
+            if layer is None:
+                conv = nn.Conv2d(features, features, 3, padding=1, bias=not batch_norm)
+                _init_conv(conv)
+                inner.append(conv)
+            else:
+                inner.append(layer(in_channels=features, out_channels=features))
+            if batch_norm:
+                inner.append(nn.BatchNorm2d(features, momentum=bn_momentum))
+                init_batch_norm(inner[-1])
+            inner.append(nn.ReLU(inplace=True))
+        self.layer1 = nn.Sequential(*inner)
+        self.conv2 = nn.Conv2d(features, out_channels, 3, padding=1)
+        _init_conv(self.conv1)
+        _init_conv(self.conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Denoise."""
+        out = self.conv2(self.layer1(torch.relu_(self.conv1(x))))
+        if self.shared == out.shape[1] == x.shape[1]:
+            return out + x
+        if self.shared:
+            same = out[:, : self.shared] + x[:, : self.shared]
+            return torch.cat((same, out[:, self.shared :]), 1)
+        return out
+
+
+def _init_conv(conv: nn.Conv2d) -> None:
+    """Draw weights with variance 2 / (9 · output channels); biases stay as torch draws them."""
+    fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    nn.init.normal_(conv.weight, 0, math.sqrt(2 / fan_out))
