@@ -26,6 +26,8 @@ __all__ = [
     "DatasetEntry",
     "EpochSampler",
     "ImageArray",
+    "NoisyCrops",
+    "NoisyImages",
     "build_loader",
     "load_data",
     "split_train",
@@ -513,6 +515,262 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 
 
 # ---------------------------------------------------------------------------------------------
+# Images to denoise
+
+LUMA = (0.2989, 0.5870, 0.1140)  # the weights that the published grayscale sets were made with
+
+
+def read_image(path: str | os.PathLike, color: bool) -> tuple[Tensor, bool]:
+    """Read a picture as (C, H, W) uint8; return it, and whether its colors had to change.
+
+    Args:
+        path: Any file that Pillow reads; 16-bit gray is rounded to 8 bits.
+        color: Three channels; otherwise one, of the usual luma.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                array = np.asarray(image, dtype=np.float64)
+                levels = 65535 if array.max() > 255 else 255
+                array = np.round(array * (255 / levels)).clip(0, 255).astype(np.uint8)
+            elif image.mode in ("L", "1"):
+                array = np.asarray(image.convert("L"))
+            else:
+                array = np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    changed = (array.ndim == 3) != color
+    if changed and color:
+        array = np.repeat(array[:, :, None], 3, axis=2)
+    elif changed:
+        array = np.round(array @ np.array(LUMA)).clip(0, 255).astype(np.uint8)
+    array = array.transpose(2, 0, 1) if color else array[None]
+    return torch.from_numpy(array.copy()), changed
+
+
+def read_image_folders(
+    folders: Sequence[str], color: bool, flag: str
+) -> tuple[list[Tensor], list[str], list[str]]:
+    """Read all pictures of some folders.
+
+    Args:
+        folders: The folders, or single files.
+        color: See :func:`read_image`.
+        flag: The flag that named them, for messages.
+
+    Returns:
+        Images (C, H, W) uint8, their names (``folder/file``), and notes for the user.
+    """
+    images: list[Tensor] = []
+    names: list[str] = []
+    changed = 0
+    for folder in map(Path, folders):
+        if not folder.exists():
+            raise DataError(f"{flag} {folder}: there is no such folder.")
+        files = [folder] if folder.is_file() else sorted(folder.iterdir())
+        files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
+        if not files:
+            raise DataError(
+                f"{flag} {folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})."
+            )
+        for file in files:
+            image, other = read_image(file, color)
+            changed += other
+            images.append(image)
+            names.append(f"{file.parent.name}/{file.name}")
+    notes = []
+    if changed:
+        wanted, way = (
+            ("color", "all channels equal") if color else ("gray", "luma; --color keeps it")
+        )
+        notes.append(f"{flag}: {changed} of {len(images)} images converted to {wanted} ({way}).")
+    return images, names, notes
+
+
+class NoisyCrops(Dataset):
+    """Random crops of clean images in one of eight orientations, with fresh Gaussian noise.
+
+    Noisy images are not clipped to [0, 1].
+
+    Args:
+        images: Clean images (C, H, W) uint8, of any sizes.
+        names: Their names.
+        crop: Side of the square crops in pixels.
+        sigma: Standard deviation of the noise on the 0-255 scale.
+        repeat: Crops of each image in an epoch.
+    """
+
+    def __init__(
+        self, images: Sequence[Tensor], names: Sequence[str], crop: int, sigma: float, repeat: int
+    ) -> None:
+        for image, name in zip(images, names, strict=True):
+            if min(image.shape[1:]) < crop:
+                height, width = image.shape[1:]
+                raise DataError(
+                    f"{name} is {height}x{width}, too small for crops of {crop}x{crop} pixels: "
+                    f"choose --crop_size {min(height, width)} or less, or leave the image out."
+                )
+        self.images, self.names = list(images), list(names)
+        self.crop, self.sigma, self.repeat = crop, sigma, repeat
+
+    def __len__(self) -> int:
+        return len(self.images) * self.repeat
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noisy, clean = self.__getitems__([index])
+        return noisy[0], clean[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch: noisy and clean crops (B, C, crop, crop) float32, clean in [0, 1]."""
+        crops = []
+        for index in indices:
+            image = self.images[index % len(self.images)]
+            top = int(torch.randint(image.shape[1] - self.crop + 1, ()))
+            left = int(torch.randint(image.shape[2] - self.crop + 1, ()))
+            turns, mirror = divmod(int(torch.randint(8, ())), 2)
+            piece = image[:, top : top + self.crop, left : left + self.crop]
+            piece = piece.rot90(turns, (1, 2))
+            crops.append(piece.flip(2) if mirror else piece)
+        clean = torch.stack(crops).float().div_(255)
+        return clean + torch.randn(clean.shape) * (self.sigma / 255), clean
+
+    def hold_out(self, fraction: float, seed: int) -> tuple["NoisyCrops", "NoisyImages"]:
+        """Split off whole images: crops of those that stay, and those held out."""
+        n = len(self.images)
+        held_out = round(n * fraction)
+        if not 0 < held_out < n:
+            raise DataError(
+                f"--val_split {fraction} leaves {n - held_out} training and {held_out} validation "
+                f"images of {n}: both must be at least 1."
+            )
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        val, train = sorted(order[:held_out]), sorted(order[held_out:])
+        return (
+            NoisyCrops(
+                [self.images[i] for i in train],
+                [self.names[i] for i in train],
+                self.crop,
+                self.sigma,
+                self.repeat,
+            ),
+            NoisyImages(
+                [self.images[i] for i in val], [self.names[i] for i in val], self.sigma, seed
+            ),
+        )
+
+
+class NoisyImages(Dataset):
+    """Whole images with Gaussian noise that depends on the seed and the position in the set.
+
+    Sizes differ, so that a batch is one image. Noisy images are not clipped to [0, 1].
+
+    Args:
+        images: Clean images (C, H, W) uint8.
+        names: Their names.
+        sigma: Standard deviation of the noise on the 0-255 scale.
+        seed: Seed of the noise.
+    """
+
+    max_batch_size = 1
+
+    def __init__(
+        self, images: Sequence[Tensor], names: Sequence[str], sigma: float, seed: int
+    ) -> None:
+        self.images, self.names = list(images), list(names)
+        self.sigma, self.seed = sigma, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        clean = self.images[index].float().div_(255)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        noise = torch.randn(clean.shape, generator=generator)
+        return clean + noise * (self.sigma / 255), clean
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch, of equally large images: noisy and clean (B, C, H, W) float32."""
+        pairs = [self[i] for i in indices]
+        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+
+def build_denoise(
+    *,
+    train_dirs: Sequence[str] | None,
+    test_dirs: Sequence[str],
+    color: bool,
+    sigma: float,
+    crop_size: int,
+    repeat: int,
+    seed: int,
+) -> Data:
+    """Load folders of clean pictures; noise is drawn on the fly.
+
+    Args:
+        train_dirs: Folders (or files) to train on; None loads nothing to train on.
+        test_dirs: Folders (or files) to test on.
+        color: Three channels instead of one.
+        sigma: Standard deviation of the noise on the 0-255 scale.
+        crop_size: Side of training crops in pixels.
+        repeat: Crops of each image in an epoch.
+        seed: Seed of the test noise.
+    """
+    test = read_image_folders(test_dirs, color, "--test_dir")
+    train = read_image_folders(train_dirs, color, "--train_dir") if train_dirs else None
+    return _denoising_data("denoise", train, test, color, sigma, crop_size, repeat, seed)
+
+
+def build_photos(
+    *, color: bool, sigma: float, crop_size: int, repeat: int, seed: int, **_: Any
+) -> Data:
+    """Load photographs that ship with scikit-learn and matplotlib: two to train on, one to test.
+
+    Args:
+        color: Three channels instead of one.
+        sigma: Standard deviation of the noise on the 0-255 scale.
+        crop_size: Side of training crops in pixels.
+        repeat: Crops of each image in an epoch.
+        seed: Seed of the test noise.
+        **_: Folders, which this set does not read.
+    """
+    import matplotlib
+    import sklearn
+
+    pictures = Path(sklearn.__file__).parent / "datasets" / "images"
+    samples = Path(matplotlib.get_data_path()) / "sample_data"
+    train_files = [pictures / "china.jpg", samples / "grace_hopper.jpg"]
+    train = read_image_folders([str(f) for f in train_files if f.is_file()], color, "training")
+    test = read_image_folders([str(pictures / "flower.jpg")], color, "test")
+    data = _denoising_data("photos", train, test, color, sigma, crop_size, repeat, seed)
+    data.notes = [f"Photographs: trains on {', '.join(train[1])}; tests on {test[1][0]}."]
+    return data
+
+
+def _denoising_data(
+    name: str,
+    train: tuple[list[Tensor], list[str], list[str]] | None,
+    test: tuple[list[Tensor], list[str], list[str]],
+    color: bool,
+    sigma: float,
+    crop_size: int,
+    repeat: int,
+    seed: int,
+) -> Data:
+    channels = 3 if color else 1
+    return Data(
+        name=name,
+        task="denoising",
+        train=None if train is None else NoisyCrops(train[0], train[1], crop_size, sigma, repeat),
+        test=NoisyImages(test[0], test[1], sigma, seed),
+        sample_shape=(channels, crop_size, crop_size),
+        num_outputs=channels,
+        notes=[*(train[2] if train else []), *test[2]],
+    )
+
+
+# ---------------------------------------------------------------------------------------------
 # The table
 
 
@@ -554,6 +812,8 @@ DATASETS: dict[str, DatasetEntry] = {
         "npz": build_npz,
     }.items()
 }
+DATASETS["denoise"] = DatasetEntry("denoising", build_denoise)
+DATASETS["photos"] = DatasetEntry("denoising", build_photos)
 
 
 def load_data(name: str, **options: Any) -> Data:
@@ -569,9 +829,9 @@ def load_data(name: str, **options: Any) -> Data:
     return DATASETS[name].build(**options)
 
 
-def limit(dataset: Dataset, count: int | None) -> Dataset:
+def limit(dataset: Dataset | None, count: int | None) -> Dataset | None:
     """Keep the first ``count`` samples; None keeps all."""
-    if count is None or count >= len(dataset):
+    if dataset is None or count is None or count >= len(dataset):
         return dataset
     if isinstance(dataset, ImageArray):
         return dataset.replaced(dataset.images[:count], dataset.labels[:count])
@@ -586,6 +846,9 @@ def split_train(data: Data, fraction: float, seed: int) -> Data:
         fraction: The part to hold out, in (0, 1).
         seed: Seed of the choice.
     """
+    if isinstance(data.train, NoisyCrops):
+        train, val = data.train.hold_out(fraction, seed)
+        return replace(data, train=train, val=val)
     n = len(data.train)
     held_out = round(n * fraction)
     if not 0 < held_out < n:
@@ -604,7 +867,7 @@ def split_train(data: Data, fraction: float, seed: int) -> Data:
                 array.images[val], array.labels[val], crop=False, flip=False, noise_seed=seed
             ),
         )
-    plain = data.extra.get("evaluation_train", data.train)
+    plain = data.extra.get("evaluation_train", data.train)  # the same files, not augmented
     return replace(data, train=Subset(data.train, train.tolist()), val=Subset(plain, val.tolist()))
 
 
@@ -649,8 +912,9 @@ def build_loader(
         num_workers: Loading processes; -1 means none for data in memory and up to 4 otherwise.
         pin_memory: Page-locked memory, for copies to a GPU.
     """
+    base = dataset.dataset if isinstance(dataset, Subset) else dataset
+    batch_size = min(batch_size, getattr(base, "max_batch_size", batch_size))
     if num_workers < 0:
-        base = dataset.dataset if isinstance(dataset, Subset) else dataset
         num_workers = 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
     return DataLoader(
         dataset,

@@ -18,13 +18,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataset import DATASETS, Data, DataError, build_loader, limit, load_data, split_train
+from dataset import (
+    DATASETS,
+    Data,
+    DataError,
+    build_loader,
+    limit,
+    load_data,
+    read_image,
+    split_train,
+)
 from layers import LAYERS
 from models import MODELS, model_class
+from models.n3net import PRESETS, load_pretrained, read_weights
+from models.tiling import check_tiles, forward_in_tiles
 from train_eval import (
     ClassificationTask,
+    DenoisingTask,
     GradientTrainer,
     GrowthTrainer,
+    ImageReport,
     Progress,
     RunFolder,
     Task,
@@ -92,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for add in (add_model_flags, add_layer_flags, add_data_flags, add_training_flags):
         add(parser)
-    for add in (add_optimizer_flags, add_system_flags, add_output_flags):
+    for add in (add_denoising_flags, add_optimizer_flags, add_system_flags, add_output_flags):
         add(parser)
     return parser
 
@@ -112,13 +125,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--kernel_size",
         type=at_least(1),
         default=3,
-        help="side of the window of Conv2d, Conv2d_New and the convolution branch",
+        help="side of the window of Conv2d, Conv2d_New and the convolution branch; odd",
     )
     add(
         "--padding",
         type=at_least(0),
         default=1,
-        help="zeros added on each side; for the ConvNN layers these positions are candidates too",
+        help="width of the border of zeros whose positions are candidates too (neighbor layers); "
+        "convolutions always keep the size of the map",
     )
     add(
         "--downsample",
@@ -277,6 +291,107 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_denoising_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the denoisers (DnCNN, N3Net), their data and their evaluation."""
+    group = parser.add_argument_group("Denoising networks (dncnn, n3net)")
+    add, yes_no = group.add_argument, argparse.BooleanOptionalAction
+    add(
+        "--preset",
+        default=None,
+        choices=list(PRESETS),
+        help="a row of the N3Net paper's table: sets --model and the flags below",
+    )
+    add("--depth", type=at_least(2), default=6, help="convolutions of (each) DnCNN; dncnn: 17")
+    add("--features", type=at_least(1), default=64, help="channels inside a DnCNN")
+    add("--batch_norm", action=yes_no, default=True, help="batch norm in the DnCNNs")
+    add("--residual", action=yes_no, default=True, help="add the input of a DnCNN to its output")
+    add(
+        "--bn_momentum",
+        type=at_least(0, float),
+        default=None,
+        help="weight of a new batch in the running statistics; not given: 20 / steps of the run, "
+        "but from 0.001 (published) to 0.1",
+    )
+    add("--num_blocks", type=at_least(0), default=2, help="n3net: nonlocal blocks; 1 is light")
+    add("--block_channels", type=at_least(1), default=8, help="n3net: channels into a block")
+    add(
+        "--nonlocal_block",
+        default="n3",
+        choices=["n3", "knn", "concrete", "none"],
+        help="n3net: neural, hard or stochastic nearest neighbors, or nothing, between the DnCNNs",
+    )
+    add(
+        "--match_on",
+        default=None,
+        choices=["embedding", "input", "dncnn"],
+        help="n3net: compare patches by a learned embedding (not knn), by the noisy input or by "
+        "the output of the DnCNN before; not given: embedding, for knn dncnn",
+    )
+    add("--num_volumes", type=at_least(1), default=7, help="n3net: neighbors of a patch")
+    add("--patch_size", type=at_least(1), default=10, help="n3net: side of a patch, in pixels")
+    add("--patch_stride", type=at_least(1), default=5, help="n3net: step between patches")
+    add("--window", type=at_least(1), default=15, help="n3net: side of the window, in patches; odd")
+    add("--embed_channels", type=at_least(1), default=8, help="n3net: channels of the embedding")
+    add("--embed_features", type=at_least(1), default=64, help="n3net: channels on the way there")
+    add("--embed_depth", type=at_least(1), default=3, help="n3net: convolutions on the way there")
+    add(
+        "--temperature",
+        default="image",
+        choices=["image", "learned", "fixed"],
+        help="n3net: temperature of n3 blocks: a network's for every patch, one number, or fixed",
+    )
+    add(
+        "--temp_bias",
+        type=at_least(0, float),
+        default=0.1,
+        help="n3net: its logarithm is added to the log temperature; 0 adds nothing",
+    )
+    add(
+        "--temp_pool",
+        default="average",
+        choices=["average", "center"],
+        help="n3net: temperature of a patch: average over it (published code) or center pixel",
+    )
+    add("--distance_bn", action=yes_no, default=True, help="n3net: batch norm of distances")
+    add(
+        "--pad_mode",
+        default="zeros",
+        choices=["zeros", "reflect"],
+        help="n3net: what the grid of patches sees beyond the border; zeros is published",
+    )
+
+    group = parser.add_argument_group("Denoising: data, loss, evaluation")
+    add = group.add_argument
+    add("--train_dir", nargs="+", default=None, metavar="DIR", help="folders of clean images")
+    add("--test_dir", nargs="+", default=None, metavar="DIR", help="folders of clean images")
+    add("--color", action="store_true", help="three channels; without it gray (luma)")
+    add("--sigma", type=float, default=25.0, help="standard deviation of noise, on 0-255; > 0")
+    add("--crop_size", type=at_least(1), default=80, help="side of training crops, in pixels")
+    add(
+        "--crops_per_image",
+        type=at_least(1),
+        default=128,
+        help="crops of each training image in an epoch, flipped and turned by 90 degrees at random",
+    )
+    add(
+        "--loss_reduction",
+        default="sum",
+        choices=["sum", "mean"],
+        help="squared error: half the sum over an image times --loss_scale (published), or mean",
+    )
+    add("--loss_scale", type=at_least(0, float), default=0.25, help="see --loss_reduction")
+    add("--tile", type=at_least(0), default=0, help="evaluate by tiles of this side; 0: whole")
+    add("--tile_overlap", type=at_least(0), default=32, help="pixels that tiles share")
+    add(
+        "--save_images",
+        action="store_true",
+        help="draw noisy, denoised and clean test images side by side",
+    )
+    add("--pretrained", default=None, metavar="FILE", help="weights to start from or to evaluate")
+    add("--input", default=None, metavar="FILE", help="with --test_only: denoise this picture")
+    add("--output", default=None, metavar="FILE", help="where the denoised --input goes")
+
+
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     """Add optimizer and schedule."""
     group = parser.add_argument_group("Optimizer and schedule")
@@ -288,9 +403,17 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--scheduler",
         default="none",
-        choices=["step", "cosine", "plateau", "none"],
+        choices=["step", "cosine", "plateau", "exponential", "none"],
         help="learning rate over epochs: times --lr_gamma every --lr_step epochs, cosine to 0, "
-        "times --lr_gamma when --lr_step epochs brought no better result, or constant",
+        "times --lr_gamma when --lr_step epochs brought no better result, exponentially down to "
+        "times --lr_final, or constant",
+    )
+    add("--lr_final", type=at_least(0, float), default=1e-3, help="see --scheduler exponential")
+    add(
+        "--decay_bias",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="weight decay on biases too (not in denoisers, as published)",
     )
     add("--lr_step", type=at_least(1), default=20, help="see --scheduler, in epochs")
     add("--lr_gamma", type=at_least(0, float), default=0.1, help="see --scheduler")
@@ -358,14 +481,8 @@ _NEIGHBORS = (
     "aggregation_type",
 )
 LAYER_FLAGS: dict[str, tuple[str, ...]] = {
-    "Conv2d": ("kernel_size", "padding"),
-    "Conv2d_New": (
-        "kernel_size",
-        "padding",
-        "shuffle_pattern",
-        "shuffle_scale",
-        "aggregation_type",
-    ),
+    "Conv2d": ("kernel_size",),
+    "Conv2d_New": ("kernel_size", "shuffle_pattern", "shuffle_scale", "aggregation_type"),
     "ConvNN": (*_NEIGHBORS, "similarity_type", "lambda_param"),
     "ConvNN_Attn": (*_NEIGHBORS, "attention_dropout"),
     "Branching": (
@@ -391,18 +508,91 @@ GRADIENT_FLAGS = (
     "scheduler",
     "lr_step",
     "lr_gamma",
+    "lr_final",
+    "decay_bias",
+)
+_DNCNN = ("depth", "features", "batch_norm", "residual", "bn_momentum")
+# Flags that only the denoising task reads.
+DENOISING_FLAGS = (
+    "train_dir",
+    "test_dir",
+    "color",
+    "sigma",
+    "crop_size",
+    "crops_per_image",
+    "loss_reduction",
+    "loss_scale",
+    "tile",
+    "tile_overlap",
+    "save_images",
+    "pretrained",
+    "input",
+    "output",
 )
 # Flags each model takes besides those of its layer, under the same names.
 MODEL_FLAGS: dict[str, tuple[str, ...]] = {
     "resnet18": ("downsample",),
     "resnet34": ("downsample",),
+    "dncnn": _DNCNN,
+    "n3net": (
+        *_DNCNN,
+        "num_blocks",
+        "block_channels",
+        "nonlocal_block",
+        "match_on",
+        "num_volumes",
+        "patch_size",
+        "patch_stride",
+        "window",
+        "embed_channels",
+        "embed_features",
+        "embed_depth",
+        "temperature",
+        "temp_bias",
+        "temp_pool",
+        "distance_bn",
+        "pad_mode",
+    ),
 }
 # Defaults that differ from the parser's for one model; flags of the user win.
-MODEL_DEFAULTS: dict[str, dict[str, Any]] = {}
+_DENOISER = {
+    "dataset": "photos",
+    "layer": "Conv2d",
+    "batch_size": 32,
+    "num_epochs": 51,
+    "clip_grad_norm": 0.0,
+    "optimizer": "adam",
+    "weight_decay": 1e-4,
+    "decay_bias": False,
+    "scheduler": "exponential",
+}
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dncnn": {**_DENOISER, "depth": 17},
+    "n3net": _DENOISER,
+}
 # What kind of run it is: never taken over from a former run's arguments.
-RUN_FLAGS = ("test_only", "resume", "overwrite", "checkpoint", "config", "dry_run")
+RUN_FLAGS = (
+    "test_only",
+    "resume",
+    "overwrite",
+    "checkpoint",
+    "config",
+    "dry_run",
+    "preset",
+    "input",
+    "output",
+)
 # What may change when a run is resumed: it alters how long and where, not what is computed.
-RESUME_FLAGS = ("num_epochs", "device", "num_workers", "data_path", "output_dir", "seed")
+RESUME_FLAGS = (
+    "num_epochs",
+    "device",
+    "num_workers",
+    "data_path",
+    "train_dir",
+    "test_dir",
+    "output_dir",
+    "seed",
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -489,16 +679,24 @@ def parse_arguments(
 
     if "model" not in given and "model" in former:
         args.model = former["model"]
-    for source in (MODEL_DEFAULTS.get(args.model, {}), former):
+    preset: dict[str, Any] = {}
+    if args.preset:
+        model, preset = PRESETS[args.preset]
+        if "model" in given and args.model != model:
+            parser.error(f"--preset {args.preset} is a {model}, not a {args.model}: leave one out.")
+        args.model = model
+    for source in (MODEL_DEFAULTS.get(args.model, {}), former, preset):
         for name, value in source.items():
             if name not in given:
                 setattr(args, name, value)
     base = args.output_dir if "output_dir" in given | set(former) else default_output_dir(args)
 
     checkpoint = None
-    if args.resume or args.test_only:
+    if args.resume or (args.test_only and "pretrained" not in given):
         args.output_dir = base
         checkpoint = read_checkpoint(parser, args, given)
+    elif args.test_only and "output_dir" in given:
+        args.output_dir = base
     elif "output_dir" in given:
         if RunFolder(base).holds_run() and not (args.overwrite or args.dry_run):
             parser.error(
@@ -608,6 +806,9 @@ def check_arguments(
         except ValueError as error:
             parser.error(f"--layer {args.layer}: {error}")
 
+    if task == "denoising":
+        check_denoising(parser, args, given)
+
     # Flags without effect are said, not refused.
     used = set(LAYER_FLAGS[args.layer]) if model_type.uses_layer else set()
     used |= set(MODEL_FLAGS.get(args.model, ()))
@@ -618,6 +819,8 @@ def check_arguments(
     )
     if model_type.training == "growth":
         idle |= set(GRADIENT_FLAGS) & given - used
+    if task != "denoising":
+        idle |= set(DENOISING_FLAGS) & given - used
     if idle:
         where = f"--model {args.model}" + (
             f" --layer {args.layer}" if model_type.uses_layer else ""
@@ -628,6 +831,39 @@ def check_arguments(
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         parser.error(f"--output_dir {args.output_dir} cannot be written: {existing} is in the way.")
+
+
+def check_denoising(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
+) -> None:
+    """Refuse denoising runs that cannot work."""
+    if not args.sigma > 0:
+        parser.error(
+            f"--sigma {args.sigma:g}: the standard deviation of the noise must be above 0 "
+            "(on the 0-255 scale; 25 is usual)."
+        )
+    if (args.input is None) != (args.output is None):
+        parser.error("--input and --output go together: the noisy picture and the denoised one.")
+    if args.input is not None and not args.test_only:
+        parser.error("--input needs --test_only, and --pretrained or the folder of a trained run.")
+    if args.input is not None and not Path(args.input).is_file():
+        parser.error(f"--input {args.input}: there is no such file.")
+    if args.dataset == "denoise" and args.input is None:
+        if not args.test_dir:
+            parser.error("--dataset denoise needs --test_dir: folders of clean images.")
+        if not args.train_dir and not args.test_only:
+            parser.error("--dataset denoise needs --train_dir: folders of clean images.")
+    if args.model == "n3net" and args.window % 2 == 0:
+        parser.error(
+            f"--window {args.window} is even: a query sits in the middle of its window. "
+            f"Try {args.window - 1} or {args.window + 1}."
+        )
+    try:
+        model = build_denoiser(args, 1, None)
+        if args.tile:
+            check_tiles(model, args.tile, args.tile_overlap)
+    except ValueError as error:
+        parser.error(f"--model {args.model}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -652,9 +888,9 @@ def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
         normalize=model_type.training == "gradient",
         seed=args.seed,
     )
+    data.train, data.test = limit(data.train, args.limit_train), limit(data.test, args.limit_test)
     if args.val_split > 0:
         data = split_train(data, args.val_split, args.seed)
-    data.train, data.test = limit(data.train, args.limit_train), limit(data.test, args.limit_test)
     return data
 
 
@@ -690,6 +926,7 @@ def build_trainer(
         lr=args.lr,
         weight_decay=args.weight_decay,
         momentum=args.momentum,
+        decay_bias=args.decay_bias,
     )
     scheduler = build_scheduler(
         optimizer,
@@ -697,6 +934,7 @@ def build_trainer(
         num_epochs=args.num_epochs,
         lr_step=args.lr_step,
         lr_gamma=args.lr_gamma,
+        lr_final=args.lr_final,
     )
     return GradientTrainer(
         model,

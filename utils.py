@@ -1,4 +1,4 @@
-"""Seeding, safe file writing, argument files, parameter and FLOP counts, pictures. No model code.
+"""Seeding, file writing, argument files, counts, image quality, pictures. No model code.
 
 Everything that a run leaves on disk goes through this file: text and checkpoints are written to a
 temporary name beside their target and renamed, so that an interrupted write never damages what was
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,9 +32,12 @@ __all__ = [
     "get_random_state",
     "parse_args_text",
     "plot_learning_curves",
+    "psnr",
     "save_checkpoint",
+    "save_panels",
     "seed_everything",
     "set_random_state",
+    "ssim",
     "write_text",
 ]
 
@@ -198,6 +202,7 @@ def describe_model(model: nn.Module, inputs: Tensor) -> str:
     training = model.training
     model.eval()
     try:
+        flops = compute_flops(model, inputs)
         with torch.no_grad():
             summary = torchinfo.summary(
                 model,
@@ -206,7 +211,6 @@ def describe_model(model: nn.Module, inputs: Tensor) -> str:
                 verbose=0,
                 col_names=("input_size", "output_size", "num_params", "kernel_size"),
             )
-        flops = compute_flops(model, inputs)
     finally:
         model.train(training)
     total, trainable = count_parameters(model)
@@ -219,7 +223,73 @@ def describe_model(model: nn.Module, inputs: Tensor) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# Image quality
+
+
+def psnr(images: Tensor, clean: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB, (B,), of images (B, C, H, W) in [0, 1].
+
+    10 log10(1 / (MSE + 1e-10)) over all pixels and channels; nothing is clipped.
+    """
+    error = (images.float() - clean.float()).square().flatten(1).mean(1)
+    return -10 * torch.log10(error + 1e-10)
+
+
+def ssim(images: Tensor, clean: Tensor, *, border: str = "zeros") -> Tensor:
+    """Return the structural similarity, (B,), of images (B, C, H, W) in [0, 1].
+
+    Gaussian window of 11×11, σ 1.5; C1 = 0.01², C2 = 0.03². "zeros" averages over the full map,
+    zeros around the image (the published denoising numbers); "valid" only where the window fits.
+    """
+    x = torch.cat((images, clean)).float()
+    at = torch.arange(11, device=x.device, dtype=x.dtype) - 5
+    window = torch.exp(-at.square() / (2 * 1.5**2))
+    window = window / window.sum()
+    b, channels = images.shape[:2]
+    padding = 5 if border == "zeros" else 0
+
+    def blur(maps: Tensor) -> Tensor:  # (n, C, H, W), separably
+        maps = maps.flatten(0, 1)[:, None]
+        maps = F.conv2d(maps, window.view(1, 1, 11, 1), padding=(padding, 0))
+        maps = F.conv2d(maps, window.view(1, 1, 1, 11), padding=(0, padding))
+        return maps.view(-1, channels, *maps.shape[-2:])
+
+    mean = blur(x)
+    squares = blur(x.square()) - mean.square()
+    mean_a, mean_b = mean[:b], mean[b:]
+    product = mean_a * mean_b
+    covariance = blur(x[:b] * x[b:]) - product
+    c1, c2 = 0.01**2, 0.03**2
+    result = (2 * product + c1) / (mean_a.square() + mean_b.square() + c1)
+    result = result * (2 * covariance + c2) / (squares[:b] + squares[b:] + c2)
+    return result.flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------
 # Pictures
+
+
+def save_panels(path: str | os.PathLike, panels: Mapping[str, Tensor]) -> None:
+    """Draw images side by side, each pixel as one pixel, captions above.
+
+    Args:
+        path: Where the PNG goes.
+        panels: Images (C, H, W) by caption, clipped to [0, 1] for display.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(13)
+    height, width = next(iter(panels.values())).shape[-2:]
+    top, gap = 20, 4
+    sheet = Image.new("RGB", ((width + gap) * len(panels) - gap, height + top), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (caption, image) in enumerate(panels.items()):
+        array = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        array = array.expand(3, -1, -1).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(array), (i * (width + gap), top))
+        draw.text((i * (width + gap) + 3, 2), caption, fill="black", font=font)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def plot_learning_curves(
@@ -252,6 +322,6 @@ def plot_learning_curves(
         axis.set(xlabel="epoch", title=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="upper left")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
