@@ -1,0 +1,217 @@
+"""Compiled CPU kernels of the neighbor search: built on first use, absent without a compiler.
+
+`csrc/neighbors.cpp` needs a C++17 compiler and nothing else; it takes a few seconds to build, once
+per machine, into a cache folder of the user. Environment variables:
+
+- `NEIGHBORS_NATIVE`: 0 switches the kernels off, 1 (or unset) uses them where they can be built,
+  `require` raises where they cannot, with the compiler's words.
+- `NEIGHBORS_NATIVE_CACHE`: the folder, instead of `~/.cache/neighbors`.
+- `NEIGHBORS_NATIVE_ARCH`: the value of `-march`, instead of `native` (x86-64-v3 gives
+  AVX2, x86-64 neither that nor AVX-512).
+- `CXX`: the compiler.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["NativeError", "build", "library", "optional", "pointer", "status"]
+
+SOURCES = Path(__file__).parent / "csrc"
+ABI = 1
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-w")
+_BUILD_SECONDS = 180
+
+_lock = threading.Lock()
+_loaded: ctypes.CDLL | None = None
+_state = "not tried"
+_others: dict[str, ctypes.CDLL | Exception] = {}
+
+
+class NativeError(RuntimeError):
+    """The kernels cannot be built or loaded."""
+
+
+def _compilers() -> list[str]:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    return [found for name in names if (found := shutil.which(name))]
+
+
+def _cpu() -> str:
+    """Describe the processor, as far as code made for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
+
+
+def _cache_folder() -> Path:
+    if folder := os.environ.get("NEIGHBORS_NATIVE_CACHE"):
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "neighbors"
+
+
+def _arch_flags() -> list[list[str]]:
+    if arch := os.environ.get("NEIGHBORS_NATIVE_ARCH"):
+        return [[f"-march={arch}"]]
+    return [["-march=native"], ["-mcpu=native"], []]  # some compilers know only one of these
+
+
+def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> str:
+    """Build `target` from `source`; return what went wrong, or nothing."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    link = ["-ldl"] if sys.platform.startswith("linux") else []
+    command = [compiler, *_FLAGS, *flags, "-o", name, str(source), "-pthread", *link]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False
+        )
+        if done.returncode:
+            return f"{' '.join(command)}\n{done.stderr[-2000:]}"
+        os.replace(name, target)  # whole or not at all, whoever else is building
+        return ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{' '.join(command)}\n{error}"
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    if lib.nn_abi() != ABI:
+        raise OSError(f"{lib._name} is not of this version")
+    i, p, d, f = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    lib.nn_topk.argtypes = [p, i, i, i, i, f, p, p, d]
+    lib.nn_search.argtypes = [p, p, i, i, i, i, i, d, p, i, d, p, i, i, p, p, d]
+    sizes = [i] * 6
+    lib.nn_aggregate.argtypes = [p, p, i, p, p, p, *sizes, d]
+    lib.nn_aggregate_grad_input.argtypes = [p, p, i, p, p, *sizes, d]
+    lib.nn_aggregate_grad_weight.argtypes = [p, p, p, i, p, *sizes, d]
+
+
+def _open(path: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
+    declare(lib)
+    return lib
+
+
+def build(
+    name: str, declare: Callable[[ctypes.CDLL], None], options: Sequence[str] = ()
+) -> ctypes.CDLL:
+    """Compile `csrc/<name>.cpp`, unless the cache holds it, and load it.
+
+    Args:
+        name: Name of the source, without suffix.
+        declare: Sets the argument types; raises OSError or AttributeError if the library is not
+            the expected one.
+        options: More options for the compiler.
+
+    Raises:
+        NativeError: If that is not possible here.
+    """
+    if sys.platform == "win32":
+        raise NativeError("the kernels are built on Linux and macOS only")
+    compilers = _compilers()
+    if not compilers:
+        raise NativeError("no C++ compiler found (looked for $CXX, g++, c++, clang++)")
+    source = SOURCES / f"{name}.cpp"
+    text = source.read_bytes()
+    folder = _cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    problems = []
+    for compiler in compilers:
+        for arch in _arch_flags():
+            flags = [*arch, *options]
+            recipe = "\0".join([compiler, *_FLAGS, *flags, _cpu(), sys.platform])
+            key = hashlib.sha256(text + recipe.encode()).hexdigest()[:24]
+            path = folder / f"{name}-{key}.so"
+            problem = "" if path.exists() else _compile(compiler, flags, source, path)
+            if not problem:
+                try:
+                    return _open(path, declare)
+                except (OSError, AttributeError) as error:  # a damaged file: build it again
+                    problem = _compile(compiler, flags, source, path)
+                    if not problem:
+                        try:
+                            return _open(path, declare)
+                        except (OSError, AttributeError):
+                            problem = str(error)
+            problems.append(problem)
+    raise NativeError("\n".join(problems))
+
+
+def _wanted() -> str:
+    wanted = os.environ.get("NEIGHBORS_NATIVE", "1").lower()
+    return "0" if wanted in ("0", "off", "false", "no") else wanted
+
+
+def optional(
+    name: str, declare: Callable[[ctypes.CDLL], None], options: Sequence[str] = ()
+) -> ctypes.CDLL | None:
+    """Return :func:`build`'s library, or None where it is switched off or cannot be built."""
+    wanted = _wanted()
+    if wanted == "0":
+        return None
+    with _lock:
+        if name not in _others:
+            try:
+                _others[name] = build(name, declare, options)
+            except (NativeError, OSError, RuntimeError) as error:
+                _others[name] = error
+    found = _others[name]
+    if isinstance(found, Exception):
+        if wanted == "require":
+            raise NativeError(str(found)) from found
+        return None
+    return found
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the loaded kernels, building them at the first call; None where there are none."""
+    global _loaded, _state
+    wanted = _wanted()
+    if wanted == "0":
+        return None
+    if _state == "not tried":
+        with _lock:
+            if _state == "not tried":
+                try:
+                    _loaded = build("neighbors", _declare)
+                    _state = f"compiled, vectors of {_loaded.nn_vector_length()} floats"
+                except (NativeError, OSError, RuntimeError) as error:
+                    _state = f"absent: {error}"
+    if _loaded is None and wanted == "require":
+        raise NativeError(_state)
+    return _loaded
+
+
+def status() -> str:
+    """Say in words whether the kernels are in use, building them if need be."""
+    return _state if library() is not None or _state.startswith("absent") else "switched off"
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a contiguous tensor's first element, None (null) for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Tell whether the kernels can take these tensors: all float32 or indices, on the CPU."""
+    kinds = (torch.float32, torch.int64)
+    return (
+        all(t is None or (t.device.type == "cpu" and t.dtype in kinds) for t in tensors)
+        and library() is not None
+    )
