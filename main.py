@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from dataset import (
     DATASETS,
@@ -51,7 +52,14 @@ from train_eval import (
     restore,
     train_one_epoch,
 )
-from utils import describe_model, format_args, parse_args_text, seed_everything, write_text
+from utils import (
+    atomic_path,
+    describe_model,
+    format_args,
+    parse_args_text,
+    seed_everything,
+    write_text,
+)
 
 __all__ = ["build_parser", "main"]
 
@@ -689,6 +697,9 @@ def parse_arguments(
         for name, value in source.items():
             if name not in given:
                 setattr(args, name, value)
+    given |= set(preset)
+    if args.pretrained and not args.resume:
+        adopt_pretrained(parser, args, given)
     base = args.output_dir if "output_dir" in given | set(former) else default_output_dir(args)
 
     checkpoint = None
@@ -747,6 +758,30 @@ def read_checkpoint(
         if name not in given and name not in (*RUN_FLAGS, "output_dir", "device"):
             setattr(args, name, value)
     return checkpoint
+
+
+def adopt_pretrained(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
+) -> None:
+    """Take the architecture from --pretrained, where that file holds the arguments of a run."""
+    try:
+        _, stored = read_weights(args.pretrained)
+    except ValueError as error:
+        parser.error(f"--pretrained: {error}")
+    fixed = {"model", *MODEL_FLAGS.get(stored.get("model", ""), ()), "layer", "color"}
+    fixed |= set(LAYER_FLAGS.get(stored.get("layer", ""), ()))
+    fixed = (fixed & set(stored)) - {"bn_momentum"}
+    differing = [
+        f"--{name} is {stored[name]} there and {getattr(args, name)} here"
+        for name in sorted(fixed & given)
+        if stored[name] != getattr(args, name)
+    ]
+    if differing:
+        parser.error(
+            f"--pretrained {args.pretrained} was made with other options: {'; '.join(differing)}."
+        )
+    for name in fixed:
+        setattr(args, name, stored[name])
 
 
 def resolve_device(parser: argparse.ArgumentParser, wanted: str, asked: bool) -> str:
@@ -859,11 +894,14 @@ def check_denoising(
             f"Try {args.window - 1} or {args.window + 1}."
         )
     try:
-        model = build_denoiser(args, 1, None)
+        model = build_denoiser(args, 1)
+    except ValueError as error:
+        parser.error(f"--model {args.model}: {error}")
+    try:
         if args.tile:
             check_tiles(model, args.tile, args.tile_overlap)
     except ValueError as error:
-        parser.error(f"--model {args.model}: {error}")
+        parser.error(f"--tile {args.tile} --tile_overlap {args.tile_overlap}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -878,16 +916,25 @@ def build_layer(args: argparse.Namespace) -> Callable[..., nn.Module]:
 
 def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
     """Load the dataset with its splits."""
-    data = load_data(
-        args.dataset,
-        data_path=args.data_path,
-        resize=args.resize,
-        min_side=model_type.min_input_size,
-        augment=args.augment,
-        noise=args.noise,
-        normalize=model_type.training == "gradient",
-        seed=args.seed,
-    )
+    if DATASETS[args.dataset].task == "denoising":
+        options: dict[str, Any] = {
+            "train_dirs": None if args.test_only else args.train_dir,
+            "test_dirs": args.test_dir,
+            "color": args.color,
+            "sigma": args.sigma,
+            "crop_size": args.crop_size,
+            "repeat": args.crops_per_image,
+        }
+    else:
+        options = {
+            "data_path": args.data_path,
+            "resize": args.resize,
+            "min_side": model_type.min_input_size,
+            "augment": args.augment,
+            "noise": args.noise,
+            "normalize": model_type.training == "gradient",
+        }
+    data = load_data(args.dataset, seed=args.seed, **options)
     data.train, data.test = limit(data.train, args.limit_train), limit(data.test, args.limit_test)
     if args.val_split > 0:
         data = split_train(data, args.val_split, args.seed)
@@ -896,6 +943,11 @@ def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
 
 def build_model(args: argparse.Namespace, model_type: type[nn.Module], data: Data) -> nn.Module:
     """Build the network for the data's shape."""
+    if data.task == "denoising":
+        steps = 0
+        if data.train is not None:
+            steps = args.num_epochs * -(-len(data.train) // args.batch_size)
+        return build_denoiser(args, data.sample_shape[0], steps)
     options = {name: getattr(args, name) for name in MODEL_FLAGS.get(args.model, ())}
     if model_type.uses_layer:
         options["layer"] = build_layer(args)
@@ -904,10 +956,36 @@ def build_model(args: argparse.Namespace, model_type: type[nn.Module], data: Dat
     return MODELS[args.model](**options)
 
 
+def build_denoiser(args: argparse.Namespace, channels: int, steps: int = 0) -> nn.Module:
+    """Build a DnCNN or N3Net.
+
+    Args:
+        args: The arguments.
+        channels: Channels of the images.
+        steps: Training steps of the run, which decide on --bn_momentum if it is not given.
+    """
+    options = {name: getattr(args, name) for name in MODEL_FLAGS[args.model]}
+    if options["bn_momentum"] is None:
+        options["bn_momentum"] = min(0.1, max(0.001, 20 / steps)) if steps else 0.001
+    # The published convolutions have no bias before a batch norm, which --layer Conv2d does.
+    if args.layer != "Conv2d" or args.kernel_size != 3:
+        options["layer"] = build_layer(args)
+    return MODELS[args.model](in_channels=channels, **options)
+
+
 def build_task(args: argparse.Namespace, model_type: type[nn.Module], data: Data) -> Task:
     """Build the task that the dataset names."""
+    if data.task == "denoising":
+        return DenoisingTask(args.loss_reduction, args.loss_scale, tiled_prediction(args))
     criterion = args.criterion if model_type.training == "gradient" else None
     return ClassificationTask(data.num_outputs, criterion)
+
+
+def tiled_prediction(args: argparse.Namespace) -> Callable[..., torch.Tensor] | None:
+    """Return how --tile runs a denoiser, or None for whole images."""
+    if not args.tile:
+        return None
+    return partial(forward_in_tiles, tile=args.tile, overlap=args.tile_overlap)
 
 
 def build_trainer(
@@ -985,12 +1063,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_type, device = model_class(args.model), torch.device(args.device)
 
     seed_everything(args.seed)
+    weights = None
+    if args.pretrained and checkpoint is None:
+        weights, _ = read_weights(args.pretrained)
+    if args.input:
+        return denoise_file(parser, args, device, checkpoint, weights)
     try:
         data = build_data(args, model_type)
         model = build_model(args, model_type, data).to(device)
         model_text = probe(model, model_type, data, device)
         if checkpoint is not None:
             load_weights(model, checkpoint)
+        if weights is not None:
+            load_pretrained(model, weights)
     except ValueError as error:  # DataError, and what layers and models refuse
         parser.error(str(error))
     for note in data.notes:
@@ -1111,7 +1196,39 @@ def train(
             f"The best epoch was chosen on {len(data.val)} held-out training samples. "
             f"[Test at Epoch {progress.best_epoch}] {task.line(results['test'])}"
         )
+    if args.save_images and data.task == "denoising":
+        load_weights(trainer.model, load_checkpoint(run.path / run.BEST))
+        results["test"], lines = examine(args, data, trainer.model, task, device, run)
+        for line in (f"Test images with the weights of epoch {progress.best_epoch}:", *lines):
+            run.write_line(line)
     return results
+
+
+def examine(
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    task: Task,
+    device: torch.device,
+    run: RunFolder,
+) -> tuple[dict[str, float], list[str]]:
+    """Evaluate on the test set; return metrics, and what else the task has to say of it."""
+    loader = build_loader(data.test, **loader_options(args, device))
+    options = {"device": device, "amp": args.use_amp}
+    if data.task != "denoising":
+        return evaluate(model, task, loader, **options), []
+    base = data.test.dataset if isinstance(data.test, Subset) else data.test
+    report = ImageReport(base.names, run.path, pictures=args.save_images)
+    metrics = evaluate(model, task, loader, observe=report.add, **options)
+    tiles = f"tiles of {args.tile}, overlap {args.tile_overlap}" if args.tile else "whole images"
+    colors = "color" if args.color else "gray"
+    protocol = (
+        f"Protocol: noise of sigma {args.sigma:g} on the 0-255 scale, seed {args.seed} and "
+        f"position in the set; {colors} images in [0, 1], float32, {tiles}, no border cropped; "
+        "neither noisy nor denoised images clipped; PSNR and SSIM per image, then averaged; SSIM "
+        "with a Gaussian window of 11x11, sigma 1.5, zeros beyond the border."
+    )
+    return metrics, [protocol, *report.lines()]
 
 
 def test(
@@ -1121,17 +1238,20 @@ def test(
     task: Task,
     device: torch.device,
     run: RunFolder,
-    checkpoint: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint on the test set."""
-    loader = build_loader(data.test, **loader_options(args, device))
-    metrics = evaluate(model, task, loader, device=device, amp=args.use_amp)
-    source = args.checkpoint or str(run.path / run.BEST)
-    epoch = checkpoint.get("progress", {}).get("epoch", "?")
+    """Evaluate a checkpoint, or --pretrained weights, on the test set."""
+    metrics, lines = examine(args, data, model, task, device, run)
+    if checkpoint is None:
+        source = args.pretrained
+    else:
+        epoch = checkpoint.get("progress", {}).get("epoch", "?")
+        source = f"{args.checkpoint or run.path / run.BEST} (epoch {epoch})"
     text = (
-        f"Checkpoint: {source} (epoch {epoch})\n"
+        f"Checkpoint: {source}\n"
         f"Data: {args.dataset}, {len(data.test)} test samples\n"
-        f"[Test] {task.line(metrics)}\n"
+        + "".join(f"{line}\n" for line in lines)
+        + f"[Test] {task.line(metrics)}\n"
     )
     print(text, end="")
     run.path.mkdir(parents=True, exist_ok=True)
@@ -1139,6 +1259,41 @@ def test(
     before = path.read_text(encoding="utf-8") + "\n" if path.exists() else ""
     write_text(path, before + text)
     return {"output_dir": str(run.path), "test": metrics}
+
+
+def denoise_file(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    device: torch.device,
+    checkpoint: Mapping[str, Any] | None,
+    weights: Mapping[str, torch.Tensor] | None,
+) -> dict[str, Any]:
+    """Denoise --input into --output; no noise is added."""
+    from PIL import Image
+
+    model = build_denoiser(args, 3 if args.color else 1).to(device).eval()
+    try:
+        load_pretrained(model, checkpoint["model"] if weights is None else weights)
+        image, converted = read_image(args.input, args.color)
+    except ValueError as error:
+        parser.error(f"--input {args.input}: {error}")
+    if converted:
+        print(f"{args.input} is converted to {'color' if args.color else 'gray'}.")
+    task = DenoisingTask(predict=tiled_prediction(args))
+    try:
+        with torch.no_grad():
+            out = task.predict(model, image[None].to(device).float() / 255)[0]
+    except ValueError as error:  # too small for the window, say
+        parser.error(f"--input {args.input}: {error}")
+    pixels = (out.clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
+    Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic_path(args.output) as temporary:
+            Image.fromarray(pixels if args.color else pixels[:, :, 0]).save(temporary)
+    except ValueError as error:  # a suffix that names no format
+        parser.error(f"--output {args.output}: {error}")
+    print(f"Denoised {args.input} ({image.shape[1]}x{image.shape[2]}) into {args.output}.")
+    return {"output_dir": None, "output": args.output}
 
 
 def dry_run(

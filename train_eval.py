@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,15 +25,20 @@ from utils import (
     atomic_path,
     get_random_state,
     plot_learning_curves,
+    psnr,
     save_checkpoint,
+    save_panels,
     set_random_state,
+    ssim,
     write_text,
 )
 
 __all__ = [
     "ClassificationTask",
+    "DenoisingTask",
     "GradientTrainer",
     "GrowthTrainer",
+    "ImageReport",
     "Progress",
     "RunFolder",
     "Task",
@@ -63,6 +68,8 @@ class Task(Protocol):
         headline: The metric whose maximum makes a checkpoint the best one.
         headline_name: Its name in the results file, e.g. "Accuracy".
         headline_unit: Its unit there, e.g. "%".
+
+    A task may also have ``predict(model, inputs)``, which then makes the outputs in evaluation.
     """
 
     name: str
@@ -123,12 +130,125 @@ class ClassificationTask:
         return f"{loss}Accuracy: Top1: {metrics['top1']:.4f}%, Top5: {metrics['top5']:.4f}%"
 
 
+class DenoisingTask:
+    """Noisy and clean images in [0, 1]; squared error, PSNR and SSIM.
+
+    Args:
+        reduction: "sum": half the sum of squares of each image times `scale`, averaged over images
+            (published); "mean": the mean square.
+        scale: See reduction; published is 0.25 for crops of 80×80.
+        predict: How to run the model in evaluation (model, noisy images) -> images, e.g. by tiles;
+            None calls it.
+    """
+
+    name = "denoising"
+    headline, headline_name, headline_unit = "psnr", "PSNR", " dB"
+
+    def __init__(
+        self,
+        reduction: str = "sum",
+        scale: float = 0.25,
+        predict: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.reduction, self.scale = reduction, scale
+        self.run = predict
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Move noisy and clean images to the device."""
+        noisy, clean = batch
+        return noisy.to(device, non_blocking=True), clean.to(device, non_blocking=True)
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Denoise whole images."""
+        return model(inputs) if self.run is None else self.run(model, inputs)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean over images of their squared error."""
+        squares = (outputs.float() - targets).square()
+        if self.reduction == "mean":
+            return squares.mean()
+        return squares.sum() * (0.5 * self.scale / len(squares))
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return PSNR in dB and SSIM of every image."""
+        return {"psnr": psnr(outputs, targets), "ssim": ssim(outputs, targets)}
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the results file."""
+        loss = f"Loss: {metrics['loss']:.8f} " if "loss" in metrics else ""
+        return f"{loss}PSNR: {metrics['psnr']:.4f} dB, SSIM: {metrics['ssim']:.4f}"
+
+
+class ImageReport:
+    """Quality of every image of a denoising test set, as a table, lines and pictures.
+
+    Give :meth:`add` to :func:`evaluate` as its observer.
+
+    Args:
+        names: Names of the images (``folder/file``), in the order of the loader.
+        path: Folder for ``per_image.csv`` and pictures.
+        pictures: Draw noisy, denoised and clean side by side, below ``images/``.
+    """
+
+    TABLE, PICTURES = "per_image.csv", "images"
+
+    def __init__(self, names: Sequence[str], path: Path, *, pictures: bool = False) -> None:
+        self.names, self.path, self.pictures = names, path, pictures
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, noisy: Tensor, outputs: Tensor, clean: Tensor, metrics: Mapping) -> None:
+        """Take note of a batch."""
+        for i, before in enumerate(psnr(noisy, clean).tolist()):
+            name = self.names[len(self.rows)]
+            after = {key: values[i].item() for key, values in metrics.items() if key != "loss"}
+            self.rows.append({"image": name, "noisy_psnr": before, **after})
+            if self.pictures:
+                folder = self.path / self.PICTURES
+                folder.mkdir(parents=True, exist_ok=True)
+                save_panels(
+                    folder / f"{len(self.rows):03d}_{Path(name).stem}.png",
+                    {
+                        f"noisy {before:.2f} dB": noisy[i],
+                        f"denoised {after['psnr']:.2f} dB": outputs[i],
+                        "clean": clean[i],
+                    },
+                )
+
+    def lines(self) -> list[str]:
+        """Write the table; return a line an image and a line a folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / self.TABLE).unlink(missing_ok=True)
+        table = CsvLog(self.path / self.TABLE)
+        lines = []
+        folders: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            table.append(row)
+            folders.setdefault(row["image"].rpartition("/")[0], []).append(row)
+            lines.append(self._line(row["image"], [row]))
+        for folder, rows in folders.items():
+            lines.append(self._line(f"Average of {folder} ({len(rows)} images)", rows))
+        return lines
+
+    @staticmethod
+    def _line(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+        before, after, similar = (
+            sum(row[key] for row in rows) / len(rows) for key in ("noisy_psnr", "psnr", "ssim")
+        )
+        return f"{title}: PSNR: {after:.4f} dB, SSIM: {similar:.4f} (noisy: {before:.4f} dB)"
+
+
 # ---------------------------------------------------------------------------------------------
 # Optimizers and schedules
 
 
 def build_optimizer(
-    model: nn.Module, name: str, *, lr: float, weight_decay: float, momentum: float
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    decay_bias: bool = True,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over all trainable parameters.
 
@@ -138,10 +258,16 @@ def build_optimizer(
         lr: Learning rate.
         weight_decay: Weight decay.
         momentum: Momentum of sgd.
+        decay_bias: Apply weight decay to parameters named bias as well.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters: list[Any] = [p for _, p in named]
     # One pass over each parameter instead of a dozen: an AdamW step of VGG costs a third.
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    if not decay_bias:
+        biases = [p for key, p in named if key.rpartition(".")[2] == "bias"]
+        parameters = [p for key, p in named if key.rpartition(".")[2] != "bias"]
+        parameters = [{"params": parameters}, {"params": biases, "weight_decay": 0.0}]
     options = {"lr": lr, "weight_decay": weight_decay, "fused": fused}
     if name == "sgd":
         return torch.optim.SGD(parameters, momentum=momentum, **options)
@@ -155,6 +281,7 @@ def build_scheduler(
     num_epochs: int,
     lr_step: int,
     lr_gamma: float,
+    lr_final: float = 1e-3,
 ) -> torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None:
     """Build a schedule that is stepped once an epoch.
 
@@ -164,10 +291,12 @@ def build_scheduler(
     Args:
         optimizer: What it steers.
         name: "step" (× lr_gamma every lr_step epochs), "cosine" (to 0 over num_epochs), "plateau"
-            (× lr_gamma when the headline metric has not risen for lr_step epochs) or "none".
+            (× lr_gamma when the headline metric has not risen for lr_step epochs), "exponential"
+            (down to × lr_final in the last epoch) or "none".
         num_epochs: Length of the run.
         lr_step: See name.
         lr_gamma: See name.
+        lr_final: See name.
     """
     if name == "none":
         return None
@@ -178,6 +307,7 @@ def build_scheduler(
         )
     factors: dict[str, Callable[[int], float]] = {
         "step": lambda epoch: lr_gamma ** (epoch // lr_step),
+        "exponential": lambda epoch: lr_final ** (epoch / max(1, num_epochs - 1)),
         "cosine": lambda epoch: (
             0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / num_epochs)).item())
         ),
@@ -419,19 +549,34 @@ def evaluate(
     amp: bool = False,
     max_batches: int | None = None,
     text: str = "evaluate",
+    observe: Callable[[Any, Any, Any, Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, float]:
-    """Evaluate a model; return metrics averaged over samples, ``loss`` first where there is one."""
+    """Evaluate a model; return metrics averaged over samples, ``loss`` first where there is one.
+
+    Args:
+        model: The network, on its device.
+        task: What a batch means; where it has ``predict(model, inputs)``, that makes the outputs.
+        loader: Batches.
+        device: Where it runs.
+        amp: Mixed precision.
+        max_batches: Stop after so many.
+        text: Title of the progress bar.
+        observe: Told inputs, outputs, targets and per-sample metrics of every batch.
+    """
     model.eval()
+    predict = getattr(task, "predict", None)
     averages = _Averages()
     for batch in _progress(loader, text, max_batches):
         inputs, targets = task.prepare(batch, device)
         with autocast(device, amp):
-            outputs = model(inputs)
+            outputs = model(inputs) if predict is None else predict(model, inputs)
             loss = task.loss(outputs, targets)
         metrics = task.metrics(outputs, targets)
         if loss is not None:
             metrics = {"loss": loss.expand(len(next(iter(metrics.values())))), **metrics}
         averages.add(metrics)
+        if observe is not None:
+            observe(inputs, outputs, targets, metrics)
     return averages.result()
 
 

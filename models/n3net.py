@@ -2,7 +2,7 @@
 
 T. Plötz, S. Roth, "Neural Nearest Neighbors Networks", NeurIPS 2018,
 https://arxiv.org/abs/1810.12575. Parameter names and shapes are those of the published
-checkpoints, which `load_weights` reads (a file that the user has; it may not be passed on).
+checkpoints, which `load_pretrained` reads (a file that the user has; it may not be passed on).
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from layers.n3 import ConcreteBlock, KNNBlock, N3Block
 from models.dncnn import DnCNN
 
-__all__ = ["PRESETS", "N3Net", "load_weights", "read_weights"]
+__all__ = ["PRESETS", "N3Net", "load_pretrained", "read_weights"]
 
 # Rows of the paper's ablation: model, and the options that differ from its defaults.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -242,7 +242,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     return weights, arguments
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Load weights by name; every one must arrive.
 
     The published batch norms that are never applied are left out, and counters of batches that
