@@ -1,0 +1,698 @@
+// Exact K-nearest-neighbor search through 8-bit dot products (the method is told in layers/exact_search.py).
+//
+// Plain C entry points for ctypes, no torch headers. Keys are packed in panels of 48; one micro-kernel call scores 8
+// queries against one panel with `vpdpbusd` (unsigned keys x signed queries). Scores never reach memory in bulk: each
+// is compared with the query's running bound, and only survivors are kept. `es_supported` tells whether the machine
+// this was compiled on has the instruction.
+//
+// cost of a pair, smaller is better:   euclidean |x - y|^2,   dot -x.y,   cosine -x.y / (|x| |y|)
+// computed as                          bias_j - c sx_i sy_j acc_ij + const_i     (acc: integer dot product; c = 2 or 1)
+// 8-bit data give exact integer costs. For everything else the computed cost carries a bound,
+//   |true - computed| <= E = err_norm_i A + err_resid_i B + err_add_i + R,       (A, B, R: one value per panel)
+// and every key whose lower bound does not exceed the K-th smallest upper bound is evaluated in float64.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define ES_VNNI 1
+#include <immintrin.h>
+#else
+#define ES_VNNI 0
+#endif
+
+namespace {
+
+constexpr int kPanel = 48;     // keys per panel: three 16-lane registers
+constexpr int kRows = 8;       // queries per micro-kernel call
+constexpr int kMeta = 2 * kPanel + 4;  // scales, biases, largest norm, largest residual, largest |bias|, spare
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+enum Metric { kEuclidean = 0, kDot = 1, kCosine = 2 };
+enum Type { kF32 = 0, kF64 = 1, kU8 = 2, kI8 = 3 };
+
+struct Candidate {
+  float lower, upper;
+  int32_t index;
+};
+
+struct IntCandidate {
+  int32_t cost, index;
+  bool operator<(const IntCandidate& o) const { return cost != o.cost ? cost < o.cost : index < o.index; }
+};
+
+using Best = std::pair<double, int64_t>;  // (cost, index): the order that puts the lower index first on ties
+
+struct Search {
+  int64_t m, d, dpad, K;
+  int metric, type, threads;
+  bool integers;          // exact integer costs, nothing to certify
+  const void* queries;    // caller's rows, kept alive by the caller
+  std::vector<int8_t> packed;      // (m padded to kRows, dpad)
+  std::vector<int32_t> start;      // initial accumulator
+  std::vector<float> scale;        // c * sx_i
+  std::vector<float> err_norm, err_resid, err_add;  // see E above
+  std::vector<double> shift;       // const_i
+  std::vector<double> norm;        // |x_i| of the caller's rows
+  std::vector<double> unit;        // computed costs are this many times the true ones (8-bit cosine: |x_i|)
+  std::atomic<int64_t> evaluated{0};  // pairs evaluated in float64
+  std::vector<std::vector<Best>> best;  // heaps, worst on top
+};
+
+// Runs f(0..jobs-1) on up to `threads` threads; false if any of them failed (out of memory).
+template <class F>
+bool parallel(int threads, int64_t jobs, F f) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> fine{true};
+  auto work = [&] {
+    try {
+      for (int64_t j; fine && (j = next.fetch_add(1)) < jobs;) f(j);
+    } catch (...) {
+      fine = false;
+    }
+  };
+  std::vector<std::thread> pool;
+  try {
+    for (int64_t t = 1; t < std::min<int64_t>(threads, jobs); ++t) pool.emplace_back(work);
+  } catch (...) {  // no more threads to be had: the ones there are do the work
+  }
+  work();
+  for (auto& t : pool) t.join();
+  return fine;
+}
+
+template <class T>
+double squared_norm(const T* x, int64_t d) {
+  double s = 0;
+#pragma omp simd reduction(+ : s)
+  for (int64_t c = 0; c < d; ++c) s += double(x[c]) * double(x[c]);
+  return s;
+}
+
+// Cost of one pair in float64. For cosine `qnorm` is |x|; a zero vector has similarity 0 to everything.
+template <class T>
+double exact_cost(const T* x, const T* y, int64_t d, int metric, double qnorm) {
+  double s = 0, yy = 0;
+  if (metric == kEuclidean) {
+#pragma omp simd reduction(+ : s)
+    for (int64_t c = 0; c < d; ++c) {
+      double t = double(x[c]) - double(y[c]);
+      s += t * t;
+    }
+    return s;
+  }
+  if (metric == kDot) {
+#pragma omp simd reduction(+ : s)
+    for (int64_t c = 0; c < d; ++c) s += double(x[c]) * double(y[c]);
+    return -s;
+  }
+#pragma omp simd reduction(+ : s, yy)
+  for (int64_t c = 0; c < d; ++c) {
+    s += double(x[c]) * double(y[c]);
+    yy += double(y[c]) * double(y[c]);
+  }
+  double n = qnorm * std::sqrt(yy);
+  return n > 0 ? -s / n : 0.0;
+}
+
+double exact_cost_any(const Search& h, int64_t i, const void* rows, int type, int64_t j) {
+  const int64_t d = h.d;
+  switch (type) {
+    case kF32: return exact_cost((const float*)h.queries + i * d, (const float*)rows + j * d, d, h.metric, h.norm[i]);
+    case kF64: return exact_cost((const double*)h.queries + i * d, (const double*)rows + j * d, d, h.metric, h.norm[i]);
+    case kU8: return exact_cost((const uint8_t*)h.queries + i * d, (const uint8_t*)rows + j * d, d, h.metric, h.norm[i]);
+    default: return exact_cost((const int8_t*)h.queries + i * d, (const int8_t*)rows + j * d, d, h.metric, h.norm[i]);
+  }
+}
+
+void offer(std::vector<Best>& heap, size_t K, Best b) {
+  if (heap.size() < K) {
+    heap.push_back(b);
+    std::push_heap(heap.begin(), heap.end());
+  } else if (b < heap.front()) {
+    std::pop_heap(heap.begin(), heap.end());
+    heap.back() = b;
+    std::push_heap(heap.begin(), heap.end());
+  }
+}
+
+float round_up(double v) {
+  float f = static_cast<float>(v);
+  return f < v ? std::nextafterf(f, kInf) : f;
+}
+
+// One row -> float32, for cosine at length 1, minus `mean`. Returns its norm; `ok` turns false on NaN or overflow.
+// The only rounding is that of the result: the row is within kRound * norm of the true one.
+constexpr double kRound = 1.3e-7;
+
+template <class T>
+double center_row(const T* x, const float* mean, int64_t d, bool normalise, float* out, bool* ok) {
+  if (normalise) {
+    double n = std::sqrt(squared_norm(x, d));
+    if (!(n < 1e150)) *ok = false;
+    const double f = n > 0 ? 1.0 / n : 0.0;
+#pragma omp simd
+    for (int64_t c = 0; c < d; ++c) out[c] = float(double(x[c]) * f - double(mean[c]));
+  } else if (std::is_same<T, float>::value) {
+#pragma omp simd
+    for (int64_t c = 0; c < d; ++c) out[c] = float(x[c]) - mean[c];
+  } else {
+#pragma omp simd
+    for (int64_t c = 0; c < d; ++c) out[c] = float(double(x[c]) - double(mean[c]));
+  }
+  double s = squared_norm(out, d);
+  if (!(s < 1e36)) *ok = false;
+  return std::sqrt(s);
+}
+
+// Symmetric quantisation of a row: values in [-127, 127], returns scale; residual norm (an upper bound) in *resid.
+float quantise_row(const float* x, int64_t d, int32_t* out, double* resid) {
+  float top = 0;
+#pragma omp simd reduction(max : top)
+  for (int64_t c = 0; c < d; ++c) top = std::max(top, std::fabs(x[c]));
+  if (top < 1e-30f) {
+    for (int64_t c = 0; c < d; ++c) out[c] = 0;
+    *resid = std::sqrt(double(d)) * 1e-30;
+    return 0.0f;
+  }
+  float s = top / 127.0f, inv = 127.0f / top;
+  float r = 0;
+#pragma omp simd reduction(+ : r)
+  for (int64_t c = 0; c < d; ++c) {
+    float v = std::nearbyintf(x[c] * inv);
+    v = std::min(127.0f, std::max(-127.0f, v));
+    out[c] = int32_t(v);
+    float t = x[c] - v * s;
+    r += t * t;
+  }
+  // float rounding in t and in the sum: relative d * 2^-24 of the sum, plus 2^-23 * top per entry
+  *resid = std::sqrt(double(r)) * (1.0 + 1e-7 * double(d)) + std::sqrt(double(d)) * 2.4e-7 * top;
+  return s;
+}
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+
+// Integer panels: keys as unsigned bytes. bias (int32): euclidean |y|^2 - 256 sum(y) for u8; see es_queries.
+void pack_integer_panel(const uint8_t* rows, uint8_t flip, int64_t n, int64_t d, int64_t dpad, int metric, bool u8,
+                        uint8_t* out, float* meta) {
+  std::memset(out, 0, size_t(dpad) * kPanel);
+  int32_t* bias = reinterpret_cast<int32_t*>(meta + kPanel);
+  for (int j = 0; j < kPanel; ++j) {
+    meta[j] = 1.0f;
+    if (j >= n) {
+      bias[j] = std::numeric_limits<int32_t>::max();
+      continue;
+    }
+    const uint8_t* y = rows + j * d;
+    int32_t sum = 0, sq = 0;
+    for (int64_t c = 0; c < d; ++c) {
+      int32_t v = uint8_t(y[c] ^ flip);
+      sum += v;
+      sq += v * v;
+      out[(c >> 2) * (kPanel * 4) + j * 4 + (c & 3)] = uint8_t(v);
+    }
+    if (metric == kEuclidean)
+      bias[j] = sq - 256 * sum;  // queries are shifted by -128
+    else
+      bias[j] = u8 ? -128 * sum : 0;
+  }
+  meta[2 * kPanel] = meta[2 * kPanel + 1] = meta[2 * kPanel + 2] = 0;
+}
+
+// Cosine on bytes: integer dot products, only |y| rounds. Keys unsigned (int8 keys are moved by 128).
+template <class T>
+void pack_byte_cosine_panel(const T* rows, uint8_t flip, int64_t n, int64_t d, int64_t dpad, uint8_t* out,
+                            float* meta) {
+  std::memset(out, 0, size_t(dpad) * kPanel);
+  double a = 0, r = 0;
+  for (int j = 0; j < kPanel; ++j) {
+    if (j >= n) {
+      meta[j] = 0.0f;
+      meta[kPanel + j] = kInf;
+      continue;
+    }
+    const T* y = rows + j * d;
+    int64_t sum = 0, sq = 0, usq = 0;
+    for (int64_t c = 0; c < d; ++c) {
+      int64_t v = y[c], u = uint8_t(uint8_t(y[c]) ^ flip);
+      sum += u;
+      sq += v * v;
+      usq += u * u;
+      out[(c >> 2) * (kPanel * 4) + j * 4 + (c & 3)] = uint8_t(u);
+    }
+    double inv = sq > 0 ? 1.0 / std::sqrt(double(sq)) : 0.0;
+    meta[j] = float(inv);
+    // u8: x.y = acc + 128 sum(y), acc over (x - 128) and y. int8: x.y = acc - 128 sum(x): in the start value.
+    double b = std::is_same<T, uint8_t>::value ? -128.0 * double(sum) * inv : 0.0;
+    meta[kPanel + j] = float(b);
+    a = std::max(a, (std::sqrt(double(usq)) + 1.0) * inv);
+    r = std::max(r, std::fabs(b));
+  }
+  meta[2 * kPanel] = float(a * 1.0001);
+  meta[2 * kPanel + 1] = 0.0f;
+  meta[2 * kPanel + 2] = float(r * 4.8e-7 + 1e-36);
+}
+
+template <class T>
+bool pack_float_panel(const T* rows, const float* mean, int64_t n, int64_t d, int64_t dpad, int metric,
+                      uint8_t* out, float* meta, float* row, int32_t* q) {
+  std::memset(out, 128, size_t(dpad) * kPanel);
+  bool ok = true;
+  double a = 0, b = 0, r = 0;
+  const double mean_norm = std::sqrt(squared_norm(mean, d));
+  for (int j = 0; j < kPanel; ++j) {
+    if (j >= n) {
+      meta[j] = 0.0f;
+      meta[kPanel + j] = kInf;
+      continue;
+    }
+    const T* y = rows + j * d;
+    double norm = center_row(y, mean, d, metric == kCosine, row, &ok), resid;
+    float s = quantise_row(row, d, q, &resid);
+    int32_t* dst = reinterpret_cast<int32_t*>(out) + j;
+    int64_t c = 0;
+    for (; c + 4 <= d; c += 4)
+      dst[(c >> 2) * kPanel] = int32_t(uint32_t(q[c] + 128) | uint32_t(q[c + 1] + 128) << 8 |
+                                       uint32_t(q[c + 2] + 128) << 16 | uint32_t(q[c + 3] + 128) << 24);
+    for (; c < d; ++c) out[(c >> 2) * (kPanel * 4) + j * 4 + (c & 3)] = uint8_t(q[c] + 128);
+    const double e = kRound * norm;
+    double bias = 0, moved;  // moved: how far rounding of the row can move the bias
+    if (metric == kEuclidean) {
+      bias = norm * norm;
+      moved = 2.0 * norm * e + e * e;
+    } else {
+      for (int64_t f = 0; f < d; ++f) bias -= double(mean[f]) * double(row[f]);
+      moved = mean_norm * e;
+    }
+    meta[j] = s;
+    meta[kPanel + j] = float(bias);
+    a = std::max(a, norm + resid + e);
+    b = std::max(b, resid + e);
+    r = std::max(r, std::fabs(bias) * 2.4e-7 + moved);
+  }
+  meta[2 * kPanel] = float(a * 1.0001);
+  meta[2 * kPanel + 1] = float(b * 1.0001);
+  meta[2 * kPanel + 2] = float(r * 1.0001 + 1e-36);
+  return ok;
+}
+
+// ---- scanning -----------------------------------------------------------------------------------------------------
+
+#if ES_VNNI
+
+// (8 queries) x (one panel): out[r][j] = start[r] + sum_c keys[c][j] * q[r][c]. Twenty-four accumulators stay in
+// registers; they go through memory once at the end (kept apart from the scan, or the compiler spills them inside).
+__attribute__((noinline)) void dot_tile(const uint8_t* keys, const int8_t* q, int64_t qstride, int64_t d4,
+                                        const int32_t* start, int32_t* out) {
+  __m512i acc[kRows][3];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = acc[r][2] = _mm512_set1_epi32(start[r]);
+  for (int64_t c = 0; c < d4; ++c) {
+    const __m512i k0 = _mm512_loadu_si512(keys), k1 = _mm512_loadu_si512(keys + 64),
+                  k2 = _mm512_loadu_si512(keys + 128);
+    keys += 4 * kPanel;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int32_t word;
+      std::memcpy(&word, q + r * qstride + 4 * c, 4);
+      const __m512i b = _mm512_set1_epi32(word);
+      acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], k0, b);
+      acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], k1, b);
+      acc[r][2] = _mm512_dpbusd_epi32(acc[r][2], k2, b);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < 3; ++v) _mm512_store_si512(out + r * kPanel + v * 16, acc[r][v]);
+}
+
+// Survivors of one query against a stretch of keys.
+struct FloatList {
+  std::vector<Candidate> items;
+  size_t limit;
+  float base;  // upper bound on the K-th best cost, without const_i
+  void reset(size_t K, double bound) {
+    items.clear();
+    limit = 4 * K + 64;
+    base = round_up(bound);
+  }
+  void prune(size_t K) {
+    if (items.size() > K) {
+      std::nth_element(items.begin(), items.begin() + (K - 1), items.end(),
+                       [](const Candidate& a, const Candidate& b) { return a.upper < b.upper; });
+      base = std::min(base, items[K - 1].upper);
+      float b = base;
+      items.erase(std::remove_if(items.begin(), items.end(), [b](const Candidate& c) { return c.lower > b; }),
+                  items.end());
+    }
+    if (2 * items.size() > limit) limit = 2 * limit;
+  }
+};
+
+constexpr size_t kMostWaiting = 1 << 14;  // survivors a query may hold before they are evaluated: bounds the memory
+
+// The K-th exact cost found so far, in computed units and without const_i, rounded away from zero risk.
+double exact_bound(const Search& h, int64_t i) {
+  const auto& best = h.best[i];
+  if (best.size() < size_t(h.K)) return std::numeric_limits<double>::infinity();
+  const double worst = best.front().first * h.unit[i];
+  return worst - h.shift[i] + (std::fabs(worst) + std::fabs(h.shift[i])) * 1e-13;
+}
+
+// Exact costs of the survivors, most promising first, until no lower bound reaches the K-th exact cost.
+int64_t settle(Search& h, FloatList& list, int64_t i, const void* rows, int type, int64_t base_index) {
+  const size_t K = size_t(h.K);
+  list.prune(K);
+  std::sort(list.items.begin(), list.items.end(), [](const Candidate& a, const Candidate& b) {
+    return a.lower != b.lower ? a.lower < b.lower : a.index < b.index;
+  });
+  int64_t evaluated = 0;
+  double bound = exact_bound(h, i);
+  for (const Candidate& c : list.items) {
+    if (double(c.lower) > bound) break;
+    offer(h.best[i], K, {exact_cost_any(h, i, rows, type, c.index), base_index + c.index});
+    bound = exact_bound(h, i);
+    ++evaluated;
+  }
+  list.items.clear();
+  list.limit = 4 * K + 64;
+  list.base = std::min(list.base, round_up(bound));
+  return evaluated;
+}
+
+void scan_float(Search& h, const uint8_t* packed, const float* meta, const void* rows, int type, int64_t n,
+                int64_t base_index, int64_t q0, int64_t q1) {
+  const int64_t panels = (n + kPanel - 1) / kPanel, d4 = h.dpad / 4;
+  const size_t K = size_t(h.K);
+  const int64_t tile = q1 - q0;
+  std::vector<FloatList> lists(size_t(tile + kRows));
+  for (int64_t i = 0; i < tile; ++i) lists[i].reset(K, exact_bound(h, q0 + i));
+  int64_t evaluated = 0;
+  alignas(64) float score[kPanel];
+  alignas(64) int32_t dots[kRows * kPanel];
+  for (int64_t p = 0; p < panels; ++p) {
+    const float* mt = meta + p * kMeta;
+    const float A = mt[2 * kPanel], B = mt[2 * kPanel + 1], R = mt[2 * kPanel + 2];
+    const uint8_t* keys = packed + p * h.dpad * kPanel;
+    const int32_t first = int32_t(p * kPanel);
+    for (int64_t i = 0; i < tile; i += kRows) {
+      const int64_t q = q0 + i;
+      dot_tile(keys, h.packed.data() + q * h.dpad, h.dpad, d4, h.start.data() + q, dots);
+      const __m512 s0 = _mm512_loadu_ps(mt), s1 = _mm512_loadu_ps(mt + 16), s2 = _mm512_loadu_ps(mt + 32);
+      const __m512 b0 = _mm512_loadu_ps(mt + 48), b1 = _mm512_loadu_ps(mt + 64), b2 = _mm512_loadu_ps(mt + 80);
+      for (int r = 0; r < kRows; ++r) {
+        const float E = h.err_norm[q + r] * A + h.err_resid[q + r] * B + h.err_add[q + r] + R;
+        const float sx = h.scale[q + r];
+        const __m512 vs = _mm512_set1_ps(sx), vt = _mm512_set1_ps(lists[i + r].base + E);
+        __m512 t0 = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots + r * kPanel + 0)), s0), vs, b0);
+        __m512 t1 = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots + r * kPanel + 16)), s1), vs, b1);
+        __m512 t2 = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots + r * kPanel + 32)), s2), vs, b2);
+        uint64_t hit = uint64_t(_mm512_cmp_ps_mask(t0, vt, _CMP_LE_OQ)) |
+                       uint64_t(_mm512_cmp_ps_mask(t1, vt, _CMP_LE_OQ)) << 16 |
+                       uint64_t(_mm512_cmp_ps_mask(t2, vt, _CMP_LE_OQ)) << 32;
+        if (__builtin_expect(hit != 0, 0)) {
+          if (q + r >= q1) continue;
+          FloatList& list = lists[i + r];
+          _mm512_store_ps(score, t0);
+          _mm512_store_ps(score + 16, t1);
+          _mm512_store_ps(score + 32, t2);
+          for (; hit; hit &= hit - 1) {
+            const int j = __builtin_ctzll(hit);
+            if (!(score[j] < kInf)) continue;  // padding
+            const float lower = score[j] - E;
+            if (lower > list.base) continue;
+            list.items.push_back({lower, score[j] + E, first + j});
+            if (list.items.size() >= list.limit) {
+              list.prune(K);
+              if (list.items.size() >= kMostWaiting) evaluated += settle(h, list, q + r, rows, type, base_index);
+            }
+          }
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < tile; ++i) evaluated += settle(h, lists[i], q0 + i, rows, type, base_index);
+  h.evaluated += evaluated;
+}
+
+struct IntList {
+  std::vector<IntCandidate> items;
+  size_t limit;
+  int32_t base;  // a key must cost less than this; equal ones with a higher index lose
+  void prune(size_t K) {
+    if (items.size() > K) {
+      std::nth_element(items.begin(), items.begin() + (K - 1), items.end());
+      items.resize(K);
+    }
+    if (items.size() == K) base = std::min(base, std::max_element(items.begin(), items.end())->cost);
+  }
+};
+
+void scan_integer(Search& h, const uint8_t* packed, const float* meta, int64_t n, int64_t base_index, int64_t q0,
+                  int64_t q1) {
+  const int64_t panels = (n + kPanel - 1) / kPanel, d4 = h.dpad / 4;
+  const size_t K = size_t(h.K);
+  const int64_t tile = q1 - q0;
+  std::vector<IntList> lists(size_t(tile + kRows));
+  for (int64_t i = 0; i < tile; ++i) {
+    lists[i].limit = 2 * K + 64;
+    lists[i].base = std::numeric_limits<int32_t>::max();
+    if (h.best[q0 + i].size() == K) lists[i].base = int32_t(h.best[q0 + i].front().first - h.shift[q0 + i]);
+  }
+  const int shift = h.metric == kEuclidean ? 1 : 0;
+  alignas(64) int32_t score[kPanel], dots[kRows * kPanel];
+  for (int64_t p = 0; p < panels; ++p) {
+    const float* mt = meta + p * kMeta;
+    const uint8_t* keys = packed + p * h.dpad * kPanel;
+    const int32_t first = int32_t(p * kPanel);
+    for (int64_t i = 0; i < tile; i += kRows) {
+      const int64_t q = q0 + i;
+      dot_tile(keys, h.packed.data() + q * h.dpad, h.dpad, d4, h.start.data() + q, dots);
+      const __m512i b0 = _mm512_loadu_si512(mt + 48), b1 = _mm512_loadu_si512(mt + 64), b2 = _mm512_loadu_si512(mt + 80);
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i vt = _mm512_set1_epi32(lists[i + r].base);
+        __m512i t0 = _mm512_sub_epi32(b0, _mm512_slli_epi32(_mm512_load_si512(dots + r * kPanel + 0), shift));
+        __m512i t1 = _mm512_sub_epi32(b1, _mm512_slli_epi32(_mm512_load_si512(dots + r * kPanel + 16), shift));
+        __m512i t2 = _mm512_sub_epi32(b2, _mm512_slli_epi32(_mm512_load_si512(dots + r * kPanel + 32), shift));
+        uint64_t hit = uint64_t(_mm512_cmplt_epi32_mask(t0, vt)) | uint64_t(_mm512_cmplt_epi32_mask(t1, vt)) << 16 |
+                       uint64_t(_mm512_cmplt_epi32_mask(t2, vt)) << 32;
+        if (__builtin_expect(hit != 0, 0)) {
+          if (q + r >= q1) continue;
+          IntList& list = lists[i + r];
+          _mm512_store_si512(score, t0);
+          _mm512_store_si512(score + 16, t1);
+          _mm512_store_si512(score + 32, t2);
+          for (; hit; hit &= hit - 1) {
+            const int j = __builtin_ctzll(hit);
+            if (first + j >= n || score[j] >= list.base) continue;
+            list.items.push_back({score[j], first + j});
+            if (list.items.size() >= list.limit) list.prune(K);
+          }
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < tile; ++i) {
+    lists[i].prune(K);
+    for (const IntCandidate& c : lists[i].items)
+      offer(h.best[q0 + i], K, {double(c.cost) + h.shift[q0 + i], base_index + c.index});
+  }
+}
+
+#endif  // ES_VNNI
+
+template <class T>
+void pack_byte_query(Search& h, int64_t i) {
+  const T* x = static_cast<const T*>(h.queries) + i * h.d;
+  int8_t* out = h.packed.data() + i * h.dpad;
+  const bool u8 = std::is_same<T, uint8_t>::value;
+  int64_t sum = 0, sq = 0, shifted = 0;
+  for (int64_t c = 0; c < h.d; ++c) {
+    const int b = int(x[c]) - (u8 ? 128 : 0);
+    out[c] = int8_t(b);
+    sum += b;
+    shifted += b * b;
+    sq += int64_t(x[c]) * int64_t(x[c]);
+  }
+  h.norm[i] = std::sqrt(double(sq));
+  h.scale[i] = 1.0f;
+  if (h.metric == kEuclidean) {
+    h.shift[i] = double(shifted + 256 * sum + h.d * 16384);  // sum of (b + 128)^2: both sides moved into 0..255
+  } else if (h.integers) {
+    h.shift[i] = u8 ? 0.0 : 128.0 * double(sum);
+  } else {
+    if (!u8) h.start[i] = int32_t(-128 * sum);
+    h.unit[i] = h.norm[i];
+    h.err_norm[i] = round_up((std::sqrt(double(shifted)) + (u8 ? 0.0 : 128.0 * std::fabs(double(sum)))) * 4.9e-7);
+  }
+}
+
+template <class T>
+bool pack_float_query(Search& h, int64_t i, const float* mean, float* row, int32_t* q) {
+  const T* x = static_cast<const T*>(h.queries) + i * h.d;
+  int8_t* out = h.packed.data() + i * h.dpad;
+  bool ok = true;
+  const double c = h.metric == kEuclidean ? 2.0 : 1.0;
+  double resid;
+  const double norm = center_row(x, mean, h.d, h.metric == kCosine, row, &ok);
+  h.norm[i] = std::sqrt(squared_norm(x, h.d));
+  const float s = quantise_row(row, h.d, q, &resid);
+  int64_t sum = 0;
+  for (int64_t e = 0; e < h.d; ++e) {
+    out[e] = int8_t(q[e]);
+    sum += q[e];
+  }
+  h.start[i] = int32_t(-128 * sum);
+  h.scale[i] = float(c * s);
+  const double e = kRound * norm;
+  resid += e;
+  const double quantised = norm + resid;  // at least the length of the quantised row
+  h.err_norm[i] = round_up(c * (resid + 4.9e-7 * quantised) * 1.0001);
+  h.err_resid[i] = round_up(c * quantised * 1.0001);
+  if (h.metric == kEuclidean) {
+    h.shift[i] = norm * norm;
+    h.err_add[i] = round_up((2.0 * norm * e + e * e) * 1.0001);
+  } else {  // x.y = x~.y~ + mean.y~ + x.mean
+    double xm = 0, mm = squared_norm(mean, h.d);
+    for (int64_t f = 0; f < h.d; ++f) xm += double(row[f]) * double(mean[f]);
+    h.shift[i] = -(xm + mm);
+    h.err_add[i] = round_up(std::sqrt(mm) * e * 1.0001);
+  }
+  return ok && h.norm[i] < 1e150;
+}
+
+}  // namespace
+
+extern "C" {
+
+int es_supported() { return ES_VNNI; }
+int64_t es_panel() { return kPanel; }
+int64_t es_meta() { return kMeta; }
+
+// Begins a search. queries: (m, d) rows of `type`, which must outlive the search; mean (d); integers: exact integer
+// costs (8-bit types, not cosine). Null: NaN, overflow, or no memory.
+void* es_new(const void* queries, int type, int64_t m, int64_t d, int64_t K, int metric, int integers,
+             const float* mean, int threads) {
+  try {
+    std::unique_ptr<Search> h(new Search());
+    h->m = m;
+    h->d = d;
+    h->dpad = (d + 3) / 4 * 4;
+    h->K = K;
+    h->metric = metric;
+    h->type = type;
+    h->threads = threads;
+    h->integers = integers != 0;
+    h->queries = queries;
+    const int64_t padded = (m + kRows - 1) / kRows * kRows;
+    h->packed.assign(size_t(padded * h->dpad), 0);
+    h->start.assign(padded, 0);
+    for (auto* v : {&h->scale, &h->err_norm, &h->err_resid, &h->err_add}) v->assign(padded, 0.0f);
+    h->shift.assign(padded, 0.0);
+    h->norm.assign(padded, 0.0);
+    h->unit.assign(padded, 1.0);
+    h->best.resize(m);
+    std::atomic<bool> fine{true};
+    bool done = parallel(threads, (m + 63) / 64, [&](int64_t job) {
+      std::vector<float> row(d);
+      std::vector<int32_t> q(d);
+      for (int64_t i = job * 64; i < std::min(m, job * 64 + 64); ++i) {
+        bool ok = true;
+        switch (type) {
+          case kF32: ok = pack_float_query<float>(*h, i, mean, row.data(), q.data()); break;
+          case kF64: ok = pack_float_query<double>(*h, i, mean, row.data(), q.data()); break;
+          case kU8: pack_byte_query<uint8_t>(*h, i); break;
+          default: pack_byte_query<int8_t>(*h, i);
+        }
+        if (!ok) fine = false;
+      }
+    });
+    return done && fine ? h.release() : nullptr;
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void es_free(void* handle) { delete static_cast<Search*>(handle); }
+
+// Packs n keys into packed (panels, dpad, 48) bytes and meta (panels, es_meta()) floats.
+// 0: done; 1: NaN or overflow; 2: no memory.
+int es_pack(const void* rows, int type, int64_t n, int64_t d, int metric, int integers, const float* mean,
+            uint8_t* packed, float* meta, int threads) {
+  const int64_t panels = (n + kPanel - 1) / kPanel, dpad = (d + 3) / 4 * 4;
+  std::atomic<bool> fine{true};
+  bool done = parallel(threads, (panels + 15) / 16, [&](int64_t job) {
+    std::vector<float> row(d);
+    std::vector<int32_t> q(d);
+    for (int64_t p = job * 16; p < std::min(panels, job * 16 + 16); ++p) {
+      const int64_t first = p * kPanel * d, count = std::min<int64_t>(kPanel, n - p * kPanel);
+      uint8_t* out = packed + p * dpad * kPanel;
+      float* mt = meta + p * kMeta;
+      bool ok = true;
+      if (integers)
+        pack_integer_panel((const uint8_t*)rows + first, type == kI8 ? 128 : 0, count, d, dpad, metric, type == kU8,
+                           out, mt);
+      else if (type == kU8)
+        pack_byte_cosine_panel((const uint8_t*)rows + first, 0, count, d, dpad, out, mt);
+      else if (type == kI8)
+        pack_byte_cosine_panel((const int8_t*)rows + first, 128, count, d, dpad, out, mt);
+      else if (type == kF32)
+        ok = pack_float_panel((const float*)rows + first, mean, count, d, dpad, metric, out, mt, row.data(), q.data());
+      else
+        ok = pack_float_panel((const double*)rows + first, mean, count, d, dpad, metric, out, mt, row.data(),
+                              q.data());
+      if (!ok) fine = false;
+    }
+  });
+  return !done ? 2 : fine ? 0 : 1;
+}
+
+// Adds n packed keys to the running best K; `rows` are the same keys as they were, of the queries' type. Stretches of
+// keys must come in ascending order: on equal cost the lower index stays. 0: done; 2: no memory; 3: not supported.
+int es_scan(void* handle, const uint8_t* packed, const float* meta, const void* rows, int64_t n, int64_t base_index) {
+#if ES_VNNI
+  Search& h = *static_cast<Search*>(handle);
+  int64_t tile = (h.m + 4 * h.threads - 1) / (4 * h.threads);
+  tile = std::min<int64_t>(128, (tile + kRows - 1) / kRows * kRows);
+  bool done = parallel(h.threads, (h.m + tile - 1) / tile, [&](int64_t job) {
+    const int64_t q0 = job * tile, q1 = std::min(h.m, q0 + tile);
+    if (h.integers)
+      scan_integer(h, packed, meta, n, base_index, q0, q1);
+    else
+      scan_float(h, packed, meta, rows, h.type, n, base_index, q0, q1);
+  });
+  return done ? 0 : 2;
+#else
+  return 3;
+#endif
+}
+
+// How many pairs have been evaluated in float64 so far.
+int64_t es_evaluated(void* handle) { return static_cast<Search*>(handle)->evaluated; }
+
+// Writes costs (m, K) float64 and indices (m, K), best first, equal costs by index.
+void es_finish(void* handle, double* costs, int64_t* indices) {
+  Search& h = *static_cast<Search*>(handle);
+  parallel(h.threads, (h.m + 255) / 256, [&](int64_t job) {
+    for (int64_t i = job * 256; i < std::min(h.m, job * 256 + 256); ++i) {
+      auto& b = h.best[i];
+      std::sort_heap(b.begin(), b.end());
+      for (size_t j = 0; j < b.size(); ++j) {
+        costs[i * h.K + j] = b[j].first;
+        indices[i * h.K + j] = b[j].second;
+      }
+    }
+  });
+}
+
+}  // extern "C"
