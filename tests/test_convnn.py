@@ -257,6 +257,8 @@ def test_compiles_whole_and_exports(options):
     torch.manual_seed(0)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
+    program = torch.export.export(layer.eval(), (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
 
 
 @pytest.mark.parametrize("options", COMPILED)
