@@ -283,7 +283,8 @@ def load_torchvision(data_path: str, class_name: str, files: Sequence[str]) -> t
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(source, target)
         return read()
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    # AssertionError and KeyError are what its parsers raise on a damaged file.
+    except (OSError, RuntimeError, ValueError, EOFError, AssertionError, KeyError) as error:
         raise DataError(
             f"{class_name} could not be read or downloaded ({type(error).__name__}: {error}). "
             f"Put these files there by hand, then run again:\n  {wanted}"

@@ -1,0 +1,113 @@
+"""Files that survive interruption, argument files, random states, counts, pictures."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils import (
+    CsvLog,
+    atomic_path,
+    compute_flops,
+    count_parameters,
+    describe_model,
+    format_args,
+    get_random_state,
+    parse_args_text,
+    plot_learning_curves,
+    save_checkpoint,
+    seed_everything,
+    set_random_state,
+    write_text,
+)
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def interrupted():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_args_round_trip():
+    args = {
+        "lr": 1e-3,
+        "layer": "NA",
+        "K": [1, 3],
+        "paths": ["a: b", "c"],
+        "none": None,
+        "on": True,
+    }
+    text = "# a comment: not an argument\n" + format_args(args)
+    assert parse_args_text(text) == {
+        "lr": "0.001",
+        "layer": "NA",
+        "K": "[1, 3]",
+        "paths": '["a: b", "c"]',
+        "none": "None",
+        "on": "True",
+    }
+
+
+def draw():
+    return [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()]  # noqa: NPY002
+
+
+def test_random_state_round_trip_through_a_checkpoint(tmp_path):
+    seed_everything(5)
+    draw()
+    save_checkpoint(tmp_path / "a.pt", {"state": get_random_state()})
+    first = draw()
+    set_random_state(torch.load(tmp_path / "a.pt", weights_only=True)["state"])
+    assert draw() == first
+    seed_everything(5)
+    again = draw()
+    seed_everything(5)
+    assert draw() == again
+
+
+def test_csv_log_rewrites_what_is_known(tmp_path):
+    log = CsvLog(tmp_path / "a.csv")
+    log.append({"epoch": 1, "x": 0.1})
+    log.append({"epoch": 2, "x": 0.2})
+    text = (tmp_path / "a.csv").read_text()
+    assert text == "epoch,x\n1,0.1\n2,0.2\n"
+    again = CsvLog(tmp_path / "a.csv", [{"epoch": 1, "x": 0.1}])
+    again.append({"epoch": 2, "x": 0.2})
+    assert (tmp_path / "a.csv").read_text() == text
+    CsvLog(tmp_path / "a.csv")
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_counts():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 25, 2))
+    model[0].bias.requires_grad_(False)
+    weights = 3 * 4 * 9 + 4 + 200 + 2
+    assert count_parameters(model) == (weights, weights - 4)
+    flops = 2 * (3 * 4 * 9 * 25 + 200)
+    inputs = torch.zeros(1, 3, 5, 5)
+    assert compute_flops(model, inputs) == flops
+    model.train()
+    text = describe_model(model, inputs)
+    assert model.training
+    assert f"FLOPs of one forward pass on (1, 3, 5, 5): {flops:,}" in text
+    assert f"Parameters: {weights:,}" in text
+
+
+def test_learning_curves_are_a_picture(tmp_path):
+    history = [
+        {"epoch": e, "lr": 0.1, "train_loss": 1 / e, "val_loss": 2 / e, "val_psnr": e}
+        for e in (1, 2, 3)
+    ]
+    plot_learning_curves(history, tmp_path / "a.png", eval_name="val")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
