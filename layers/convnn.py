@@ -100,11 +100,13 @@ class NeighborLayer(nn.Module):
             )
         if self.scale_in > 1:
             x = pixel_unshuffle(x, self.scale_in)  # (B, C, H, W) -> (B, C·r², H/r, W/r)
+        # Channels last from here on: a position's features are one piece of memory.
+        x = x.movedim(1, -1)  # (B, C, H, W) -> (B, H, W, C)
         if self.padding:
-            x = F.pad(x, [self.padding] * (2 * self.ndim))
-        key_shape = tuple(x.shape[2:])
+            x = F.pad(x, [0, 0] + [self.padding] * (2 * self.ndim))
+        key_shape = tuple(x.shape[1:-1])
         self.check_candidates(key_shape)
-        return x.flatten(2).transpose(1, 2), key_shape
+        return x.contiguous().flatten(1, -2), key_shape
 
     def check_candidates(self, key_shape: tuple[int, ...]) -> None:
         """Refuse a map with fewer candidates than K; needs the shape alone."""
@@ -246,7 +248,7 @@ class _ConvNN(NeighborLayer):
         if self.similarity_type == "Loc_Col":
             keys = _mix_coordinates(keys, key_shape, self.lambda_param)
         return nearest_neighbors(
-            keys[:, own],
+            None,  # the queries are the keys at `own`
             keys,
             self.K,
             self.magnitude_type,

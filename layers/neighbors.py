@@ -37,9 +37,7 @@ __all__ = [
 
 METRICS = ("cosine", "euclidean", "dot")
 # Scores held at a time by the PyTorch path: what fits a CPU's shared cache, what fills a GPU.
-DEFAULT_MAX_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 64 << 20}
-# A row this long is first reduced to the maxima of its blocks.
-_TWO_STAGE_LENGTH = 3000
+DEFAULT_MAX_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 
 
 def _budget(device: torch.device, max_bytes: int | None) -> int:
@@ -101,23 +99,32 @@ def _best_of_rows(rows: Tensor, K: int, largest: bool = True) -> tuple[Tensor, T
 
 
 def _best_of_rows_torch(rows: Tensor, K: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-    count, n = rows.shape
-    check_ties = rows.device.type == "cpu" and n > K
-    take = K + 1 if check_ties else K
-    block = max(8, 2 ** round(math.log2(math.sqrt(n / take))))
-    if n >= _TWO_STAGE_LENGTH and n // block >= 4 * take:
+    n = rows.shape[1]
+    on_cpu = rows.device.type == "cpu"
+    take = min(K + 1, n) if on_cpu else K  # one more shows whether the last place is shared
+    block = _block_size(n, take) if on_cpu else 1
+    if block > 1:
         values, indices = _two_stage_topk(rows, take, largest, block)
     else:
         values, indices = rows.topk(take, dim=1, largest=largest)
-    if rows.device.type != "cpu":
+    if not on_cpu:
         return values, indices
-    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    tied = values[:, 1:] == values[:, :-1]
     values, indices = values[:, :K], indices[:, :K]
     if tied.any():
-        redo = (tied & ~values.isnan().any(1)).nonzero()[:, 0]
+        redo = (tied.any(1) & ~values.isnan().any(1)).nonzero()[:, 0]
         indices[redo] = _break_ties(rows[redo], values[redo, K - 1 :], K, largest)
         values[redo] = rows[redo].gather(1, indices[redo])
-    return values.contiguous(), indices.contiguous()
+    return values, indices
+
+
+def _block_size(n: int, K: int) -> int:
+    """Length of the blocks of a row whose maxima are taken first; 1 where that does not pay.
+
+    The maxima and the entries of the chosen blocks are equally many where block² = n / K.
+    """
+    block = max(8, 2 ** round(math.log2(math.sqrt(n / K))))
+    return block if n >= max(600, 4 * K * block) else 1
 
 
 def _two_stage_topk(rows: Tensor, K: int, largest: bool, block: int) -> tuple[Tensor, Tensor]:
@@ -127,10 +134,11 @@ def _two_stage_topk(rows: Tensor, K: int, largest: bool, block: int) -> tuple[Te
     head = rows[:, : blocks * block].unflatten(1, (block, blocks))  # block j: columns j + i·blocks
     best = head.amax(1) if largest else head.amin(1)
     chosen = best.topk(K, dim=1, largest=largest, sorted=False).indices  # (R, K)
-    steps = torch.arange(block, device=rows.device) * blocks
+    steps = torch.arange(0, blocks * block, blocks, device=rows.device)
     columns = (chosen[:, :, None] + steps).flatten(1)
-    rest = torch.arange(blocks * block, n, device=rows.device).expand(count, -1)
-    columns = torch.cat([columns, rest], 1)
+    if n > blocks * block:
+        rest = torch.arange(blocks * block, n, device=rows.device).expand(count, -1)
+        columns = torch.cat([columns, rest], 1)
     values, at = rows.gather(1, columns).topk(K, dim=1, largest=largest)
     return values, columns.gather(1, at)
 
@@ -331,10 +339,14 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
     indices = keys.new_empty(b, m, K, dtype=torch.int64)
     if m == 0:
         return values, indices
-    row_bytes = count * keys.element_size()
-    group = max(1, min(b, max_bytes // (m * row_bytes), max_bytes // (c * row_bytes) or 1))
+    # Rows of scores are laid out with the length their top-K likes best; what is added is -inf.
+    block = _block_size(count, K - first + 1)
+    width = -(-count // block) * block
+    row_bytes = width * keys.element_size()
+    group = max(1, min(b, max_bytes // (m * row_bytes)))
     chunk = max(1, min(m, max_bytes // row_bytes))
-    buffer = keys.new_empty(group * chunk * count)
+    chunk = -(-m // -(-m // chunk))  # even pieces
+    buffer = keys.new_full((group, chunk, width), -math.inf)
     for b0 in range(0, b, group):
         b1 = min(b, b0 + group)
         k = keys[b0:b1]
@@ -363,15 +375,18 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
         half_square = k.square().sum(-1)[:, None] / -2 if metric == "euclidean" else None
         for m0 in range(0, m, chunk):
             m1 = min(m, m0 + chunk)
-            s = buffer[: (b1 - b0) * (m1 - m0) * count].view(b1 - b0, m1 - m0, count)
+            table = buffer[: b1 - b0, : m1 - m0]
+            s = table[..., :count]
             rows = q[:, m0:m1]
-            if half_square is None:
-                torch.bmm(rows, k.mT, out=s)
-            else:  # q·k - |k|²/2 ranks as the distance does
+            if half_square is not None:  # q·k - |k|²/2 ranks as the distance does
                 torch.baddbmm(half_square, rows, k.mT, out=s)
+            elif len(s) == 1:
+                torch.mm(rows[0], k[0].T, out=s[0])
+            else:
+                torch.bmm(rows, k.mT, out=s)
             if own is not None:
                 _mask_own(s, own[:, m0:m1], candidates is not None)
-            v, j = _best_of_rows(s.view(-1, count), K - first)
+            v, j = _best_of_rows(table.reshape(-1, width), K - first)
             v, j = v.view(b1 - b0, m1 - m0, -1), j.view(b1 - b0, m1 - m0, -1)
             if half_square is not None:
                 v = (rows.square().sum(-1, keepdim=True) - 2 * v).clamp_(min=0)
