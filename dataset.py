@@ -8,7 +8,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,14 @@ __all__ = [
     "DataError",
     "DatasetEntry",
     "EpochSampler",
+    "FeatureArray",
     "ImageArray",
     "NoisyCrops",
     "NoisyImages",
+    "TextEncoder",
+    "TextWindows",
     "build_loader",
+    "encode_data",
     "load_data",
     "split_train",
 ]
@@ -817,6 +821,235 @@ DATASETS["denoise"] = DatasetEntry("denoising", build_denoise)
 DATASETS["photos"] = DatasetEntry("denoising", build_photos)
 
 
+# ---------------------------------------------------------------------------------------------
+# Features, pictures and text for models that compare samples as they are
+
+
+class FeatureArray(Dataset):
+    """Samples in memory as they are: features (N, D) and targets (N, ...)."""
+
+    def __init__(self, features: Tensor, targets: Tensor) -> None:
+        self.features, self.labels = features, targets
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.features[index], self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a whole batch."""
+        indices = torch.as_tensor(indices)
+        return self.features[indices], self.labels[indices]
+
+
+def encode_data(
+    data: Data,
+    function: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> Data:
+    """Replace every sample of classification data by its features, once and for all.
+
+    Args:
+        data: The data; random augmentation is drawn once.
+        function: Maps a batch of samples on the device to features (B, D).
+        device: Where it is evaluated; the features are kept on the CPU.
+        batch_size: Samples at a time.
+    """
+
+    def encode(part: Dataset | None) -> FeatureArray | None:
+        if part is None:
+            return None
+        features, targets = [], []
+        for x, y in build_loader(part, batch_size=batch_size):
+            features.append(function(x.to(device)).cpu())
+            targets.append(y)
+        return FeatureArray(torch.cat(features), torch.cat(targets))
+
+    train, val, test = (encode(part) for part in (data.train, data.val, data.test))
+    shape = tuple(test.features.shape[1:])
+    return replace(data, train=train, val=val, test=test, sample_shape=shape)
+
+
+def build_image(*, image_path: str | None, **_: Any) -> Data:
+    """Load one picture as a function: (row, column), counted in pixels -> RGB in [0, 1].
+
+    Args:
+        image_path: The picture; None takes a photograph that ships with scikit-learn.
+        **_: Options of other datasets.
+    """
+    notes = []
+    if image_path is None:
+        import sklearn
+
+        image_path = str(Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg")
+        notes.append(f"Picture: {image_path} (--image_path chooses another).")
+    pixels, changed = read_image(image_path, color=True)
+    if changed:
+        notes.append(f"{image_path} is gray: it is learnt with three equal channels.")
+    _, height, width = pixels.shape
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    positions = torch.stack([rows, columns], dim=-1).float().reshape(-1, 2)
+    array = FeatureArray(positions, pixels.permute(1, 2, 0).reshape(-1, 3).float() / 255)
+    return Data(
+        name="image",
+        task="approximation",
+        train=array,
+        test=array,
+        sample_shape=(2,),
+        num_outputs=3,
+        notes=notes,
+        extra={"image": pixels.float() / 255, "positions": positions},
+    )
+
+
+class TextEncoder:
+    """Turn the last characters of a text into features. Characters are ASCII, 128 classes.
+
+    Args:
+        num_features: Characters that are looked at.
+        encoding: "ascii": their codes, 0 … 127 (published); "onehot": one column for each position
+            and character of the alphabet.
+        alphabet: Codes that have a column in "onehot", ascending; others are all zeros.
+        decay: "onehot" only: a character counts by this factor less than the one after it, so
+            that recent characters decide which contexts are alike.
+    """
+
+    num_classes = 128
+
+    def __init__(
+        self, num_features: int, encoding: str, alphabet: Sequence[int], decay: float = 1.0
+    ) -> None:
+        self.num_features, self.encoding = num_features, encoding
+        self.alphabet = list(alphabet)
+        self.columns = torch.full((self.num_classes,), len(self.alphabet))  # the last: unknown
+        self.columns[torch.tensor(self.alphabet, dtype=torch.int64)] = torch.arange(
+            len(self.alphabet)
+        )
+        self.weights = decay ** torch.arange(num_features - 1, -1, -1, dtype=torch.float32)
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        factor = len(self.alphabet) if self.encoding == "onehot" else 1
+        return self.num_features * factor
+
+    def encode(self, codes: Tensor) -> Tensor:
+        """Encode windows of character codes: (B, num_features) -> (B, width) float32."""
+        if self.encoding == "ascii":
+            return codes.float()
+        one_hot = F.one_hot(self.columns[codes.long()], len(self.alphabet) + 1)[..., :-1]
+        return (one_hot * self.weights[:, None]).flatten(1)
+
+    @staticmethod
+    def codes(text: str) -> Tensor:
+        """Return the codes of a text's ASCII characters; others are left out."""
+        return torch.tensor(list(text.encode("ascii", "ignore")), dtype=torch.uint8)
+
+
+class TextWindows(Dataset):
+    """All places of a text: the characters before as features, and the next character's code.
+
+    Args:
+        codes: Character codes of the text, (N,) uint8.
+        encoder: How windows are encoded.
+    """
+
+    def __init__(self, codes: Tensor, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+        self.windows = codes.unfold(0, encoder.num_features, 1)[:-1]
+        self.labels = codes[encoder.num_features :].long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.__getitems__([index])
+        return x[0], y[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a whole batch: features (B, D) and codes (B,)."""
+        indices = torch.as_tensor(indices)
+        return self.encoder.encode(self.windows[indices]), self.labels[indices]
+
+
+def read_text(path: str, flag: str) -> str:
+    """Read a text file (UTF-8).
+
+    Args:
+        path: The file.
+        flag: The flag that named it, for messages.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
+
+
+def build_text(
+    *,
+    text_path: str | None,
+    test_text_path: str | None,
+    num_features: int,
+    encoding: str,
+    decay: float,
+    **_: Any,
+) -> Data:
+    """Load a text: the last characters -> the next one.
+
+    Args:
+        text_path: Training text; None takes the documentation that ships with Python.
+        test_text_path: Test text; None takes the last tenth of the training text away for it.
+        num_features: Characters that are looked at.
+        encoding: See :class:`TextEncoder`.
+        decay: See :class:`TextEncoder`.
+        **_: Options of other datasets.
+    """
+    notes = []
+    if text_path is None:
+        from pydoc_data.topics import topics
+
+        train = "".join(topics[name] for name in sorted(topics))
+        notes.append("Text: the documentation inside Python (--text_path chooses another).")
+    else:
+        train = read_text(text_path, "--text_path")
+    if test_text_path is None:
+        cut = len(train) - len(train) // 10
+        train, test = train[:cut], train[cut:]
+    else:
+        test = read_text(test_text_path, "--test_text_path")
+    codes = []
+    for text, flag in ((train, "--text_path"), (test, "--test_text_path")):
+        codes.append(TextEncoder.codes(text))
+        left_out = len(text) - len(codes[-1])
+        if left_out:
+            notes.append(
+                f"{flag}: {left_out:,} of {len(text):,} characters are not ASCII: left out."
+            )
+        if len(codes[-1]) <= num_features:
+            raise DataError(
+                f"{flag}: the text has {len(codes[-1])} characters, which is not enough to look at "
+                f"{num_features} and predict the next. Use a longer text or fewer --num_features."
+            )
+    encoder = TextEncoder(num_features, encoding, codes[0].unique().tolist(), decay)
+    return Data(
+        name="text",
+        task="language",
+        train=TextWindows(codes[0], encoder),
+        test=TextWindows(codes[1], encoder),
+        sample_shape=(encoder.width,),
+        num_outputs=encoder.num_classes,
+        notes=notes,
+        extra={"encoder": encoder},
+    )
+
+
+DATASETS["image"] = DatasetEntry("approximation", build_image)
+DATASETS["text"] = DatasetEntry("language", build_text)
+
+
 def load_data(name: str, **options: Any) -> Data:
     """Build a dataset of ``DATASETS`` by name.
 
@@ -889,6 +1122,43 @@ class EpochSampler(RandomSampler):
         self.generator.manual_seed(self.seed * 1_000_003 + epoch)
 
 
+class BalancedStartSampler(EpochSampler):
+    """A random order whose first samples hold all classes equally often, as far as they go.
+
+    Args:
+        dataset: The data.
+        seed: Seed of the order.
+        labels: Class of every sample, (N,).
+        count: How many samples to balance.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, labels: Tensor, count: int) -> None:
+        super().__init__(dataset, seed)
+        self.labels, self.count = labels, count
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.tensor(list(super().__iter__()))
+        labels = self.labels[order]
+        turn = torch.empty_like(labels)  # how many of its class came before each sample
+        for label in labels.unique():
+            members = (labels == label).nonzero().flatten()
+            turn[members] = torch.arange(len(members))
+        first = turn.argsort(stable=True)[: self.count]
+        rest = torch.ones(len(order), dtype=torch.bool)
+        rest[first] = False
+        yield from order[first].tolist()
+        yield from order[rest].tolist()
+
+
+def sample_labels(dataset: Dataset) -> Tensor:
+    """Return the class of every sample of a dataset, (N,)."""
+    if isinstance(dataset, Subset):
+        return sample_labels(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    if hasattr(dataset, "labels"):
+        return dataset.labels
+    return torch.as_tensor(dataset.targets)
+
+
 def _collate(batch: Any) -> Any:
     """Pass on what came as a batch already; stack single samples."""
     return batch if isinstance(batch, tuple) else default_collate(batch)
@@ -902,6 +1172,7 @@ def build_loader(
     seed: int = 0,
     num_workers: int = -1,
     pin_memory: bool = False,
+    balanced: int = 0,
 ) -> DataLoader:
     """Build a loader.
 
@@ -912,15 +1183,19 @@ def build_loader(
         seed: Seed of that order and of the workers.
         num_workers: Loading processes; -1 means none for data in memory and up to 4 otherwise.
         pin_memory: Page-locked memory, for copies to a GPU.
+        balanced: With shuffle: that many samples at the start hold all classes equally often.
     """
     base = dataset.dataset if isinstance(dataset, Subset) else dataset
     batch_size = min(batch_size, getattr(base, "max_batch_size", batch_size))
     if num_workers < 0:
         num_workers = 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
+    sampler = EpochSampler(dataset, seed) if shuffle else None
+    if shuffle and balanced:
+        sampler = BalancedStartSampler(dataset, seed, sample_labels(dataset), balanced)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(dataset, seed) if shuffle else None,
+        sampler=sampler,
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,

@@ -6,11 +6,13 @@ nothing below this file knows a flag's name. ``main(argv) -> dict`` may be impor
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +26,27 @@ from dataset import (
     Data,
     DataError,
     build_loader,
+    encode_data,
     limit,
     load_data,
     read_image,
     split_train,
 )
 from layers import LAYERS
+from layers.distance_kernels import KERNELS
+from layers.dynamic import PREDICTORS
 from models import MODELS, model_class
+from models.features import PCA, penultimate_features
 from models.n3net import PRESETS, load_pretrained, read_weights
 from models.tiling import check_tiles, forward_in_tiles
 from train_eval import (
+    ApproximationTask,
     ClassificationTask,
     DenoisingTask,
     GradientTrainer,
     GrowthTrainer,
     ImageReport,
+    LanguageTask,
     Progress,
     RunFolder,
     Task,
@@ -48,7 +56,9 @@ from train_eval import (
     build_scheduler,
     evaluate,
     fit,
+    generate_text,
     load_checkpoint,
+    mse_to_psnr,
     restore,
     train_one_epoch,
 )
@@ -57,6 +67,8 @@ from utils import (
     describe_model,
     format_args,
     parse_args_text,
+    save_checkpoint,
+    save_panels,
     seed_everything,
     write_text,
 )
@@ -113,7 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for add in (add_model_flags, add_layer_flags, add_data_flags, add_training_flags):
         add(parser)
-    for add in (add_denoising_flags, add_optimizer_flags, add_system_flags, add_output_flags):
+    for add in (add_denoising_flags, add_dynamic_flags, add_optimizer_flags):
+        add(parser)
+    for add in (add_system_flags, add_output_flags):
         add(parser)
     return parser
 
@@ -400,6 +414,108 @@ def add_denoising_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", default=None, metavar="FILE", help="where the denoised --input goes")
 
 
+def add_dynamic_flags(parser: argparse.ArgumentParser) -> None:
+    """Add growing networks, and the picture and the text that they learn."""
+    group = parser.add_argument_group("Growing networks (--model dynamic)")
+    add = group.add_argument
+    add(
+        "--kernel_type",
+        default="cosine",
+        choices=KERNELS,
+        help="what weight a center has at a distance; cosine and dot compare directions, "
+        "influence_cone sees only centers near the nearest one",
+    )
+    add("--epsilon", type=float, default=1e-6, help="added to every distance, > 0")
+    add(
+        "--exponent",
+        type=float,
+        default=-4.0,
+        help="the weight is distance to this power, < 0 (all kernels but influence_cone)",
+    )
+    add("--scales", type=int, default=4, help="levels of euclidean_pyramid")
+    add(
+        "--influence_cone_factor",
+        type=float,
+        default=2.0,
+        help="reach of influence_cone in distances of the nearest center, > 1",
+    )
+    add(
+        "--predictor",
+        default="interp",
+        choices=PREDICTORS,
+        help="who votes: all centers, the nearest one, or the --K nearest",
+    )
+    add(
+        "--target_accuracy",
+        type=float,
+        default=0.9,
+        help="share of a batch, in (0, 1], from which on it is not gone over again",
+    )
+    add("--max_count", type=int, default=3, help="times a batch is gone over at most")
+    add("--max_neighbors", type=int, default=100_000, help="most centers of each layer")
+    add(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        help="--dataset image: distance in RGB, [0, 1], from which on a pixel counts as wrong",
+    )
+    add("--num_layers", type=int, default=1, help="layers, grown one after the other")
+    add(
+        "--splits",
+        type=int,
+        default=1,
+        help="parts of a layer's centers whose class scores the next layer sees",
+    )
+    add(
+        "--dynamic_features",
+        default="raw",
+        metavar="raw|pca:N|FILE",
+        help="what is compared (classification): pixels, their N principal components, or what "
+        "the last layer of a network trained here sees (its best.pt)",
+    )
+    add(
+        "--balanced_first_batch",
+        action="store_true",
+        help="the first batch holds all classes equally often",
+    )
+    add(
+        "--prune",
+        action="store_true",
+        help="afterwards drop centers without which every training sample is predicted the same, "
+        "into pruned.pt",
+    )
+    add(
+        "--eval_train",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure training accuracy after each pass, not while growing (default: yes)",
+    )
+    add("--image_path", default=None, help="--dataset image: the picture (default: a photograph)")
+    add("--text_path", default=None, help="--dataset text: training text (default: Python's help)")
+    add("--test_text_path", default=None, help="test text (default: last tenth of --text_path)")
+    add("--num_features", type=at_least(1), default=10, help="characters that are looked at")
+    add(
+        "--text_encoding",
+        default="ascii",
+        choices=["ascii", "onehot"],
+        help="a character is its code (published), or a column of its own",
+    )
+    add(
+        "--text_decay",
+        type=fraction,
+        default=1.0,
+        help="onehot: a character counts by this factor less than the one after it",
+    )
+    add("--text_prompt", default=None, help="text to go on with, after training or --test_only")
+    add("--text_prediction_length", type=at_least(0), default=100, help="characters to add to it")
+    add(
+        "--text_temperature",
+        type=at_least(0, float),
+        default=1.0,
+        help="below 1 more certain, above 1 more varied; 0 takes the best character",
+    )
+
+
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     """Add optimizer and schedule."""
     group = parser.add_argument_group("Optimizer and schedule")
@@ -561,7 +677,38 @@ MODEL_FLAGS: dict[str, tuple[str, ...]] = {
         "distance_bn",
         "pad_mode",
     ),
+    "dynamic": (
+        "K",
+        "kernel_type",
+        "epsilon",
+        "exponent",
+        "scales",
+        "influence_cone_factor",
+        "predictor",
+        "target_accuracy",
+        "max_count",
+        "max_neighbors",
+        "tolerance",
+        "num_layers",
+        "splits",
+    ),
 }
+# Flags that only one dataset reads.
+DATASET_FLAGS: dict[str, tuple[str, ...]] = {
+    "image": ("image_path", "tolerance"),
+    "text": (
+        "text_path",
+        "test_text_path",
+        "num_features",
+        "text_encoding",
+        "text_decay",
+        "text_prompt",
+        "text_prediction_length",
+        "text_temperature",
+    ),
+}
+# Flags of --model dynamic that its constructor does not take.
+DYNAMIC_FLAGS = ("dynamic_features", "balanced_first_batch", "prune", "eval_train")
 # Defaults that differ from the parser's for one model; flags of the user win.
 _DENOISER = {
     "dataset": "photos",
@@ -577,6 +724,16 @@ _DENOISER = {
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "dncnn": {**_DENOISER, "depth": 17},
     "n3net": _DENOISER,
+    "dynamic": {"batch_size": 64, "num_epochs": 1},
+}
+# The same for one model on one dataset.
+DATASET_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("dynamic", "image"): {
+        "kernel_type": "euclidean",
+        "tolerance": 0.2,
+        "target_accuracy": 0.8,
+        "batch_size": 256,
+    },
 }
 # What kind of run it is: never taken over from a former run's arguments.
 RUN_FLAGS = (
@@ -599,7 +756,6 @@ RESUME_FLAGS = (
     "train_dir",
     "test_dir",
     "output_dir",
-    "seed",
 )
 
 
@@ -693,7 +849,12 @@ def parse_arguments(
         if "model" in given and args.model != model:
             parser.error(f"--preset {args.preset} is a {model}, not a {args.model}: leave one out.")
         args.model = model
-    for source in (MODEL_DEFAULTS.get(args.model, {}), former, preset):
+    defaults = MODEL_DEFAULTS.get(args.model, {})
+    for source in (defaults, former, preset):
+        if "dataset" not in given:
+            args.dataset = source.get("dataset", args.dataset)
+    defaults = defaults | DATASET_DEFAULTS.get((args.model, args.dataset), {})
+    for source in (defaults, former, preset):
         for name, value in source.items():
             if name not in given:
                 setattr(args, name, value)
@@ -843,6 +1004,8 @@ def check_arguments(
 
     if task == "denoising":
         check_denoising(parser, args, given)
+    if args.model == "dynamic":
+        check_dynamic(parser, args, given)
 
     # Flags without effect are said, not refused.
     used = set(LAYER_FLAGS[args.layer]) if model_type.uses_layer else set()
@@ -856,6 +1019,11 @@ def check_arguments(
         idle |= set(GRADIENT_FLAGS) & given - used
     if task != "denoising":
         idle |= set(DENOISING_FLAGS) & given - used
+    if args.model != "dynamic":
+        idle |= set(DYNAMIC_FLAGS) & given
+    for dataset, flags in DATASET_FLAGS.items():
+        if args.dataset != dataset:
+            idle |= set(flags) & given
     if idle:
         where = f"--model {args.model}" + (
             f" --layer {args.layer}" if model_type.uses_layer else ""
@@ -904,6 +1072,66 @@ def check_denoising(
         parser.error(f"--tile {args.tile} --tile_overlap {args.tile_overlap}: {error}")
 
 
+def check_dynamic(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
+) -> None:
+    """Refuse growing networks that cannot work."""
+    task = DATASETS[args.dataset].task
+    outputs = {"num_outputs": 3} if task == "approximation" else {"num_classes": 2}
+    options = {name: getattr(args, name) for name in MODEL_FLAGS["dynamic"]}
+    try:
+        MODELS["dynamic"](num_inputs=1, **outputs, **options)
+    except ValueError as error:
+        parser.error(f"--model dynamic: {error}")
+    if args.max_neighbors < args.batch_size:
+        parser.error(
+            f"--max_neighbors {args.max_neighbors} is less than the first batch, all of which "
+            f"becomes centers (--batch_size {args.batch_size}). Raise the one or lower the other."
+        )
+    if args.prune and (args.predictor != "interp" or args.kernel_type == "influence_cone"):
+        parser.error(
+            "--prune works with --predictor interp and an inverse kernel: other votes do not add "
+            f"up (got --predictor {args.predictor} --kernel_type {args.kernel_type})."
+        )
+    if args.balanced_first_batch and task == "approximation":
+        parser.error(
+            f"--balanced_first_batch needs classes, and --dataset {args.dataset} has none."
+        )
+    if args.dynamic_features != "raw" and task != "classification":
+        parser.error(
+            f"--dynamic_features {args.dynamic_features} is for classification: --dataset "
+            f"{args.dataset} is learnt as it is."
+        )
+    check_features(parser, "--dynamic_features", args.dynamic_features)
+    if args.text_prompt is not None and args.dataset == "text":
+        strange = sorted({c for c in args.text_prompt if not c.isascii()})
+        if strange:
+            parser.error(
+                f"--text_prompt holds characters outside the alphabet, which is ASCII: "
+                f"{' '.join(strange)}. Replace them."
+            )
+        if len(args.text_prompt) < args.num_features:
+            print(
+                f"note: --text_prompt has {len(args.text_prompt)} characters and "
+                f"{args.num_features} are looked at (--num_features): blanks are put before it."
+            )
+
+
+def check_features(parser: argparse.ArgumentParser, flag: str, spec: str) -> None:
+    """Refuse what is no feature: raw, pca:N, or the checkpoint of a network."""
+    if spec == "raw":
+        return
+    if spec.startswith("pca:"):
+        number = spec.removeprefix("pca:")
+        if not number.isdecimal() or int(number) < 1:
+            parser.error(f"{flag} {spec}: after pca: comes the number of components, e.g. pca:50.")
+    elif not Path(spec).is_file():
+        parser.error(
+            f"{flag} {spec} is neither raw, pca:N nor an existing checkpoint file (the best.pt of "
+            "a VGG or ResNet trained here)."
+        )
+
+
 # ---------------------------------------------------------------------------------------------
 # From arguments to objects
 
@@ -916,7 +1144,8 @@ def build_layer(args: argparse.Namespace) -> Callable[..., nn.Module]:
 
 def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
     """Load the dataset with its splits."""
-    if DATASETS[args.dataset].task == "denoising":
+    task = DATASETS[args.dataset].task
+    if task == "denoising":
         options: dict[str, Any] = {
             "train_dirs": None if args.test_only else args.train_dir,
             "test_dirs": args.test_dir,
@@ -924,6 +1153,16 @@ def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
             "sigma": args.sigma,
             "crop_size": args.crop_size,
             "repeat": args.crops_per_image,
+        }
+    elif task == "approximation":
+        options = {"image_path": args.image_path}
+    elif task == "language":
+        options = {
+            "text_path": args.text_path,
+            "test_text_path": args.test_text_path,
+            "num_features": args.num_features,
+            "encoding": args.text_encoding,
+            "decay": args.text_decay,
         }
     else:
         options = {
@@ -941,6 +1180,45 @@ def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
     return data
 
 
+def with_features(
+    args: argparse.Namespace, spec: str, model_type: type[nn.Module], device: torch.device
+) -> Data:
+    """Load classification data in which every sample is replaced by its features.
+
+    Args:
+        args: The arguments.
+        spec: "raw", "pca:N", or the checkpoint of a network trained here.
+        model_type: The model that will see the features.
+        device: Where features are computed.
+    """
+    if spec == "raw":
+        return build_data(args, model_type)
+    if spec.startswith("pca:"):
+        flat = encode_data(build_data(args, model_type), partial(torch.flatten, start_dim=1))
+        pca = PCA.fit(flat.train.features, int(spec.removeprefix("pca:")))
+        return encode_data(flat, pca)
+    checkpoint = load_checkpoint(spec)
+    stored = argparse.Namespace(**(vars(args) | checkpoint["args"]))
+    source = model_class(stored.model)
+    if source.training != "gradient" or "classification" not in source.tasks:
+        raise DataError(f"{spec} holds a {stored.model}, which is no VGG or ResNet.")
+    mine = argparse.Namespace(**(vars(args) | {"resize": args.resize or stored.resize}))
+    data = build_data(mine, source)  # normalised and sized as that network wants it
+    classifier = [v for k, v in checkpoint["model"].items() if k.startswith("classifier")]
+    num_classes = classifier[-1].shape[0]
+    network = build_model(stored, source, replace(data, num_outputs=num_classes))
+    try:
+        load_weights(network, checkpoint)
+    except ValueError as error:
+        raise DataError(f"{spec} does not fit --dataset {args.dataset}: {error}") from error
+    network.to(device).eval()
+    features = encode_data(data, partial(penultimate_features, network), device=device)
+    features.notes.append(
+        f"Features: {features.sample_shape[0]} numbers a sample from the {stored.model} in {spec}."
+    )
+    return features
+
+
 def build_model(args: argparse.Namespace, model_type: type[nn.Module], data: Data) -> nn.Module:
     """Build the network for the data's shape."""
     if data.task == "denoising":
@@ -949,6 +1227,15 @@ def build_model(args: argparse.Namespace, model_type: type[nn.Module], data: Dat
             steps = args.num_epochs * -(-len(data.train) // args.batch_size)
         return build_denoiser(args, data.sample_shape[0], steps)
     options = {name: getattr(args, name) for name in MODEL_FLAGS.get(args.model, ())}
+    if args.model == "dynamic":
+        outputs = "num_outputs" if data.task == "approximation" else "num_classes"
+        return MODELS[args.model](
+            num_inputs=math.prod(data.sample_shape),
+            num_passes=args.num_epochs,
+            batch_size=args.batch_size,
+            **{outputs: data.num_outputs},
+            **options,
+        )
     if model_type.uses_layer:
         options["layer"] = build_layer(args)
     if data.task == "classification":
@@ -977,6 +1264,10 @@ def build_task(args: argparse.Namespace, model_type: type[nn.Module], data: Data
     """Build the task that the dataset names."""
     if data.task == "denoising":
         return DenoisingTask(args.loss_reduction, args.loss_scale, tiled_prediction(args))
+    if data.task == "approximation":
+        return ApproximationTask(args.tolerance)
+    if data.task == "language":
+        return LanguageTask(data.num_outputs)
     criterion = args.criterion if model_type.training == "gradient" else None
     return ClassificationTask(data.num_outputs, criterion)
 
@@ -1069,7 +1360,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.input:
         return denoise_file(parser, args, device, checkpoint, weights)
     try:
-        data = build_data(args, model_type)
+        spec = args.dynamic_features if args.model == "dynamic" else "raw"
+        data = with_features(args, spec, model_type, device)
         model = build_model(args, model_type, data).to(device)
         model_text = probe(model, model_type, data, device)
         if checkpoint is not None:
@@ -1127,8 +1419,11 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return what all loaders share."""
+    batch_size = args.batch_size
+    if args.model == "dynamic":  # the network goes over it batch by batch
+        batch_size *= max(1, 1024 // batch_size)
     return {
-        "batch_size": args.batch_size,
+        "batch_size": batch_size,
         "seed": args.seed,
         "num_workers": args.num_workers,
         "pin_memory": device.type == "cuda",
@@ -1149,13 +1444,18 @@ def train(
     """Train, and evaluate every epoch."""
     arguments = plain_arguments(args)
     options = loader_options(args, device)
-    train_loader = build_loader(data.train, shuffle=True, **options)
+    balanced = args.batch_size if args.model == "dynamic" and args.balanced_first_batch else 0
+    train_loader = build_loader(data.train, shuffle=True, balanced=balanced, **options)
+    train_eval_loader = None
+    if args.model == "dynamic" and args.eval_train:
+        train_eval_loader = build_loader(data.train, **options)
+    num_epochs = getattr(trainer.model, "num_stages", args.num_epochs)
     eval_loader = build_loader(data.val or data.test, **options)
     header = f"# {command}\n# torch {torch.__version__}, Python {sys.version.split()[0]}\n"
     seed_everything(args.seed)
     progress = Progress() if checkpoint is None else restore(trainer, checkpoint)
-    if progress.epoch >= args.num_epochs:
-        print(f"Epoch {progress.epoch} of {args.num_epochs} is done: nothing to resume.")
+    if progress.epoch >= num_epochs:
+        print(f"Epoch {progress.epoch} of {num_epochs} is done: nothing to resume.")
     run.start(header + format_args(arguments), model_text, progress)
     print(f"Run folder: {run.path}")
     eval_name = "test" if data.val is None else "val"
@@ -1166,11 +1466,12 @@ def train(
         eval_loader,
         run,
         progress,
-        num_epochs=args.num_epochs,
+        num_epochs=num_epochs,
         args=arguments,
         device=device,
         amp=args.use_amp,
         eval_name=eval_name,
+        train_eval_loader=train_eval_loader,
     )
     results = {
         "output_dir": str(run.path),
@@ -1201,7 +1502,85 @@ def train(
         results["test"], lines = examine(args, data, trainer.model, task, device, run)
         for line in (f"Test images with the weights of epoch {progress.best_epoch}:", *lines):
             run.write_line(line)
+    if args.model == "dynamic":
+        finish_growth(args, data, trainer.model, task, device, run, results)
     return results
+
+
+def finish_growth(
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    task: Task,
+    device: torch.device,
+    run: RunFolder,
+    results: dict[str, Any],
+) -> None:
+    """Show what a growing network has learnt, and prune it if that was asked for."""
+    results["centers"] = [layer.num_centers for layer in model.layers]
+    if args.prune:
+        loader = build_loader(data.train, **loader_options(args, device))
+        batches = [task.prepare(batch, device) for batch in loader]
+        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        before, after = model.prune(x.flatten(1), y)
+        loader = build_loader(data.test, **loader_options(args, device))
+        measured = evaluate(model, task, loader, device=device)
+        run.write_line(
+            f"Pruned: {before} -> {after} centers ({100 * after / before:.1f}%) that predict every "
+            f"training sample the same. [Test] {task.line(measured)}"
+        )
+        pruned = dict(load_checkpoint(run.path / run.LAST), model=model.state_dict())
+        save_checkpoint(run.path / "pruned.pt", pruned)
+        results |= {"pruned": after, "pruned_test": measured}
+    for line in show_growth(args, data, model, device, run, results):
+        run.write_line(line)
+
+
+def show_growth(
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    device: torch.device,
+    run: RunFolder,
+    results: dict[str, Any],
+) -> list[str]:
+    """Draw a learnt picture, or go on with a text; return lines for the results file."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    if data.task == "approximation":
+        image, positions = data.extra["image"], data.extra["positions"]
+        parts = [model(part.to(device)).cpu() for part in positions.split(4096)]
+        learnt = torch.cat(parts).t().reshape(image.shape).clamp(0, 1)
+        layer = model.layers[0]
+        centers = torch.ones_like(image)
+        row, column = layer.centers.long().cpu().unbind(1)
+        centers[:, row, column] = layer.targets.t().cpu()
+        share = 100 * layer.num_centers / len(positions)
+        quality = mse_to_psnr((learnt - image).square().mean().item())
+        panels = {
+            "picture": image,
+            f"{layer.num_centers} centers ({share:.1f}%)": centers,
+            f"reconstruction {quality:.2f} dB": learnt,
+        }
+        save_panels(run.path / "image.png", panels)
+        results |= {"psnr": quality, "share": share}
+        return [
+            f"{layer.num_centers} centers, {share:.2f}% of {len(positions)} pixels; PSNR of the "
+            f"picture {quality:.4f} dB; see image.png."
+        ]
+    if data.task == "language" and args.text_prompt is not None:
+        text = generate_text(
+            model,
+            data.extra["encoder"],
+            args.text_prompt,
+            args.text_prediction_length,
+            temperature=args.text_temperature,
+            seed=args.seed,
+            device=device,
+        )
+        write_text(run.path / "generated.txt", text)
+        results["generated"] = text
+        return [f"Generated: {text!r}"]
+    return []
 
 
 def examine(
@@ -1216,7 +1595,10 @@ def examine(
     loader = build_loader(data.test, **loader_options(args, device))
     options = {"device": device, "amp": args.use_amp}
     if data.task != "denoising":
-        return evaluate(model, task, loader, **options), []
+        metrics = evaluate(model, task, loader, **options)
+        if args.model == "dynamic":
+            return metrics, show_growth(args, data, model, device, run, {})
+        return metrics, []
     base = data.test.dataset if isinstance(data.test, Subset) else data.test
     report = ImageReport(base.names, run.path, pictures=args.save_images)
     metrics = evaluate(model, task, loader, observe=report.add, **options)

@@ -6,6 +6,7 @@ in :func:`fit` knows neither.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -24,6 +25,7 @@ from utils import (
     CsvLog,
     atomic_path,
     get_random_state,
+    plot_growth,
     plot_learning_curves,
     psnr,
     save_checkpoint,
@@ -34,11 +36,13 @@ from utils import (
 )
 
 __all__ = [
+    "ApproximationTask",
     "ClassificationTask",
     "DenoisingTask",
     "GradientTrainer",
     "GrowthTrainer",
     "ImageReport",
+    "LanguageTask",
     "Progress",
     "RunFolder",
     "Task",
@@ -48,7 +52,9 @@ __all__ = [
     "build_scheduler",
     "evaluate",
     "fit",
+    "generate_text",
     "load_checkpoint",
+    "mse_to_psnr",
 ]
 
 
@@ -235,6 +241,83 @@ class ImageReport:
             sum(row[key] for row in rows) / len(rows) for key in ("noisy_psnr", "psnr", "ssim")
         )
         return f"{title}: PSNR: {after:.4f} dB, SSIM: {similar:.4f} (noisy: {before:.4f} dB)"
+
+
+class ApproximationTask:
+    """A function known at points, e.g. a picture: position -> values in [0, 1].
+
+    Args:
+        tolerance: A prediction is right where its distance to the value is below this.
+    """
+
+    name = "approximation"
+    headline, headline_name, headline_unit = "within", "Within tolerance", "%"
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Move positions and values to the device."""
+        positions, values = batch
+        return positions.to(device, non_blocking=True), values.to(device, non_blocking=True)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> None:
+        """Return nothing: the model grows."""
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return 100 where within tolerance and 0 elsewhere, and the mean square error."""
+        errors = outputs.float() - targets
+        right = (errors.norm(dim=1) < self.tolerance).float() * 100
+        return {"within": right, "mse": errors.square().mean(dim=1)}
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the results file; PSNR is that of all points together."""
+        return (
+            f"Within tolerance: {metrics['within']:.4f}%, "
+            f"PSNR: {mse_to_psnr(metrics['mse']):.4f} dB"
+        )
+
+
+def mse_to_psnr(mse: float) -> float:
+    """Return the PSNR in dB of a mean square error of values in [0, 1]."""
+    return float("inf") if mse == 0 else -10 * math.log10(mse)
+
+
+class LanguageTask:
+    """Scores of the next character; accuracy and bits per character.
+
+    A score of 0 would cost infinitely many bits, so scores are mixed with `uniform` parts of an
+    even distribution over all classes for that count.
+
+    Args:
+        num_classes: Number of characters.
+        uniform: See above.
+    """
+
+    name = "language"
+    headline, headline_name, headline_unit = "top1", "Accuracy", "%"
+
+    def __init__(self, num_classes: int, uniform: float = 0.01) -> None:
+        self.num_classes, self.uniform = num_classes, uniform
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Move features and codes to the device."""
+        features, codes = batch
+        return features.to(device, non_blocking=True), codes.to(device, non_blocking=True)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> None:
+        """Return nothing: the model grows."""
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return 100 where the character is right and 0 elsewhere, and the bits it costs."""
+        right = (outputs.argmax(dim=1) == targets).float() * 100
+        scores = outputs.gather(1, targets[:, None])[:, 0].float()
+        mixed = scores * (1 - self.uniform) + self.uniform / self.num_classes
+        return {"top1": right, "bits": -mixed.log2()}
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the results file."""
+        return f"Accuracy: {metrics['top1']:.4f}%, Bits per character: {metrics['bits']:.4f}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -451,7 +534,9 @@ class GrowthTrainer:
     """Learning without gradients: the model adds what it still gets wrong.
 
     The model offers ``grow(inputs, targets) -> outputs``: its outputs for the batch once it has
-    learnt it.
+    learnt it. It may offer ``end_pass() -> bool``: whether there is no more to learn, ``growth``:
+    a list of rows, one a batch grown, and ``num_centers``. When memory is full, the model raises
+    MemoryError: what was learnt is then kept, evaluated and saved, and the run ends.
 
     Args:
         model: The growing model.
@@ -461,32 +546,49 @@ class GrowthTrainer:
 
     def __init__(self, model: nn.Module, task: Task, *, device: torch.device) -> None:
         self.model, self.task, self.device = model, task, device
+        self.full: str | None = None  # why nothing can be added any more
 
     def step(self, batch: Any) -> dict[str, Tensor]:
         """Grow by a batch; return per-sample metrics (B,) afterwards."""
         inputs, targets = self.task.prepare(batch, self.device)
         with torch.no_grad():
-            outputs = self.model.grow(inputs, targets)
-            return self.task.metrics(outputs, targets)
+            if self.full is None:
+                try:
+                    return self.task.metrics(self.model.grow(inputs, targets), targets)
+                except MemoryError as error:
+                    self.full = str(error)
+            return self.task.metrics(self.model(inputs), targets)
 
     def check(self, epoch: int, step: int) -> None:
         """Do nothing: growth has no loss that could diverge."""
 
     def end_epoch(self, headline: float) -> bool:
         """Return True when the model says that there is no more to learn."""
-        return bool(getattr(self.model, "finished", False))
+        finished = self.model.end_pass() if hasattr(self.model, "end_pass") else False
+        return finished or self.full is not None
 
     def columns(self) -> dict[str, float]:
         """Return the number of centers, if the model counts them."""
         count = getattr(self.model, "num_centers", None)
         return {} if count is None else {"centers": int(count)}
 
+    def report(self, run: "RunFolder") -> None:
+        """Write ``growth.csv`` and ``growth.png``, one entry a batch; say if memory is full."""
+        rows = getattr(self.model, "growth", [])
+        if rows:
+            CsvLog(run.path / "growth.csv", rows)
+            plot_growth(rows, run.path / "growth.png")
+        if self.full is not None:
+            run.write_line(f"Growing stopped: {self.full}.")
+
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: all of the state is the model's."""
-        return {}
+        """Return what is not part of the model's own state: the record of its growth."""
+        return {"growth": list(getattr(self.model, "growth", []))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take nothing back."""
+        """Take back what :meth:`state_dict` returned."""
+        if hasattr(self.model, "growth"):
+            self.model.growth[:] = state["growth"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -651,6 +753,46 @@ class RunFolder:
         )
 
 
+@torch.no_grad()
+def generate_text(
+    model: nn.Module,
+    encoder: Any,
+    prompt: str,
+    length: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> str:
+    """Continue a text character by character.
+
+    Args:
+        model: Maps encoded characters to scores of the next one.
+        encoder: The text encoder the model was trained with.
+        prompt: What to continue; if it is shorter than the encoder looks back, blanks are put
+            before it.
+        length: Characters to add.
+        temperature: Scores are raised to 1 / temperature; 0 always takes the best character.
+        seed: Seed of the choice.
+        device: Where the model is.
+
+    Returns:
+        The prompt and what was added.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    codes = encoder.codes(prompt.rjust(encoder.num_features)).tolist()
+    for _ in range(length):
+        window = torch.tensor([codes[-encoder.num_features :]])
+        scores = model(encoder.encode(window).to(device))[0].double().cpu()
+        if temperature == 0:
+            codes.append(int(scores.argmax()))
+            continue
+        logits = scores.clamp(min=1e-300).log() / temperature
+        codes.append(int(torch.multinomial(logits.softmax(0), 1, generator=generator)))
+    return prompt + "".join(map(chr, codes[len(codes) - length :])) if length else prompt
+
+
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Load a checkpoint to the CPU, tensors and plain types only.
 
@@ -689,6 +831,7 @@ def fit(
     device: torch.device,
     amp: bool = False,
     eval_name: str = "test",
+    train_eval_loader: DataLoader | None = None,
 ) -> Progress:
     """Train until ``num_epochs`` epochs are done, saving and logging after each.
 
@@ -704,6 +847,10 @@ def fit(
         device: Where evaluation runs.
         amp: Mixed precision in evaluation.
         eval_name: "test" or "val".
+        train_eval_loader: If given, training metrics are measured on it after each epoch, instead
+            of batch by batch while the model learns.
+
+    A trainer may have ``report(run)``, called after each epoch for files of its own.
     """
     for epoch in range(progress.epoch + 1, num_epochs + 1):
         if hasattr(train_loader.sampler, "set_epoch"):
@@ -713,13 +860,17 @@ def fit(
         train = train_one_epoch(trainer, train_loader, epoch=epoch)
         train_seconds = time.perf_counter() - start
         columns = trainer.columns()
+        samples = train.pop("samples")
+        if train_eval_loader is not None:
+            train = evaluate(
+                trainer.model, task, train_eval_loader, device=device, amp=amp, text="train"
+            )
         measured = evaluate(
             trainer.model, task, eval_loader, device=device, amp=amp, text=eval_name
         )
         seconds = time.perf_counter() - start
         finished = trainer.end_epoch(measured[task.headline])
 
-        samples = train.pop("samples")
         best = measured[task.headline] > progress.best_value
         if best or progress.best_epoch == 0:
             progress.best_epoch, progress.best_value = epoch, measured[task.headline]
@@ -751,6 +902,8 @@ def fit(
             best=progress.best_epoch == epoch,
         )
         run.log_epoch(progress)
+        if hasattr(trainer, "report"):
+            trainer.report(run)
         if finished:
             run.write_line(f"Nothing left to learn after epoch {epoch}.")
             break

@@ -31,6 +31,7 @@ __all__ = [
     "format_args",
     "get_random_state",
     "parse_args_text",
+    "plot_growth",
     "plot_learning_curves",
     "psnr",
     "save_checkpoint",
@@ -323,5 +324,46 @@ def plot_learning_curves(
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(loc="upper left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def plot_growth(rows: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:
+    """Draw how a network grew: its centers, and how much of each batch it got right.
+
+    Args:
+        rows: One mapping a batch with ``layer``, ``samples``, ``centers``, ``seen`` (% right before
+            the batch was learnt) and ``learnt`` (% right after).
+        path: Where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+
+    seen_samples, total = [], 0
+    for row in rows:
+        total += row["samples"]
+        seen_samples.append(total)
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number in sorted({row["layer"] for row in rows}):
+        mine = [i for i, row in enumerate(rows) if row["layer"] == number]
+        left.plot(
+            [seen_samples[i] for i in mine],
+            [rows[i]["centers"] for i in mine],
+            label=f"layer {number}",
+        )
+    left.set(xlabel="samples", title="centers")
+    left.legend()
+    width = max(1, len(rows) // 100)  # batches are small: average some
+    groups = [range(i, min(i + width, len(rows))) for i in range(0, len(rows), width)]
+    for name, label in (("seen", "before it is learnt"), ("learnt", "after")):
+        right.plot(
+            [seen_samples[group[-1]] for group in groups],
+            [sum(rows[i][name] for i in group) / len(group) for group in groups],
+            label=label,
+        )
+    right.set(xlabel="samples", title="% right in a batch")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)

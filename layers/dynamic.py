@@ -85,7 +85,8 @@ class DynamicNeighbors(nn.Module):
 
     Example:
         >>> layer = DynamicNeighbors(num_features=2, num_classes=2)
-        >>> layer.grow(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1])).added
+        >>> events, _ = layer.grow(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+        >>> events[0].added
         2
         >>> layer(torch.tensor([[0.1, 1.0]])).argmax(dim=1)
         tensor([0])
@@ -391,7 +392,9 @@ class DynamicNeighbors(nn.Module):
     # ---------------------------------------------------------------- growth
 
     @torch.no_grad()
-    def grow(self, x: Tensor, y: Tensor, batch_size: int | None = None) -> list[Growth]:
+    def grow(
+        self, x: Tensor, y: Tensor, batch_size: int | None = None
+    ) -> tuple[list[Growth], Tensor]:
         """Learn batch by batch: add the samples predicted wrong; the very first batch whole.
 
         The batches of one call share a single pass over the centers there were before it, and
@@ -406,19 +409,21 @@ class DynamicNeighbors(nn.Module):
             x (B, D), y (B,) int64 or (B, O).
 
         Returns:
-            What happened, batch by batch.
+            What happened, batch by batch, and the prediction of each sample once its batch was
+            learnt, as `forward` words it.
 
         Raises:
             CentersFull: If memory does not allow more centers; nothing is lost.
         """
         x, y = self._check(x), y.to(self._targets)
         batch_size = batch_size or max(len(x), 1)
-        events = []
+        events, outputs = [], []
         if self.num_centers == 0 and len(x):
             first = x[:batch_size]
             kept = min(len(first), self.max_neighbors)
             self._append(first[:kept], y[:kept])
-            right = int(self.correct(self(first), y[:batch_size]).sum())
+            outputs.append(self(first))
+            right = int(self.correct(outputs[0], y[:batch_size]).sum())
             events.append(Growth(kept, 1, 0, right, len(first)))
             x, y = x[batch_size:], y[batch_size:]
         queries, norms = self.kernel.prepare_queries(x)
@@ -427,7 +432,8 @@ class DynamicNeighbors(nn.Module):
         for first in range(0, len(x), batch_size):
             last = min(first + batch_size, len(x))
             events.append(self._grow_batch(x, y, queries, norms, voters, first, last))
-        return events
+            outputs.append(self._finish(voters.result(self._columns, first, last)))
+        return events, torch.cat(outputs) if outputs else self(x)
 
     def _grow_batch(self, x, y, queries, norms, voters, first: int, last: int) -> Growth:
         """Grow by rows first..last; all rows from `first` on see the new centers."""

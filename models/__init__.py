@@ -16,11 +16,12 @@ from functools import partial
 from torch import nn
 
 from models.dncnn import DnCNN
+from models.dynamic import DynamicNetwork
 from models.n3net import N3Net
 from models.resnet import ResBlock, ResNet
 from models.vgg import VGG
 
-__all__ = ["MODELS", "VGG", "DnCNN", "N3Net", "ResBlock", "ResNet", "model_class"]
+__all__ = ["MODELS", "VGG", "DnCNN", "DynamicNetwork", "N3Net", "ResBlock", "ResNet", "model_class"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg11": partial(VGG, depth=11),
@@ -31,6 +32,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": partial(ResNet, depth=34),
     "dncnn": DnCNN,
     "n3net": N3Net,
+    "dynamic": DynamicNetwork,
 }
 
 

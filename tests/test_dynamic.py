@@ -75,7 +75,7 @@ def test_growth_equals_the_slow_algorithm(kernel_type, predictor):
     layer = DynamicNeighbors(
         num_features=20, num_classes=4, kernel=kernel, predictor=predictor, K=5, **rule
     )
-    events = [event for part in x.split(96) for event in layer.grow(part, _of(y, part, x), 32)]
+    events = [event for part in x.split(96) for event in layer.grow(part, _of(y, part, x), 32)[0]]
     torch.testing.assert_close(layer.centers, x[kept], rtol=0, atol=0)
     assert layer.targets.tolist() == y[kept].tolist()
     assert sum(event.added for event in events) == layer.num_centers
@@ -119,11 +119,14 @@ def test_one_call_equals_a_call_a_batch():
     x, y = blobs(seed=3)
     together = DynamicNeighbors(num_features=20, num_classes=4)
     apart = DynamicNeighbors(num_features=20, num_classes=4)
-    events = together.grow(x, y, batch_size=50)
-    assert [e for a, b in zip(x.split(50), y.split(50), strict=True) for e in apart.grow(a, b)] == (
-        events
-    )
+    events, outputs = together.grow(x, y, batch_size=50)
+    assert [
+        e for a, b in zip(x.split(50), y.split(50), strict=True) for e in apart.grow(a, b)[0]
+    ] == (events)
     torch.testing.assert_close(together.centers, apart.centers, rtol=0, atol=0)
+    assert outputs.shape == (400, 4)
+    right = (outputs.argmax(dim=1) == y).split(50)
+    assert [int(part.sum()) for part in right] == [event.correct for event in events]
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
@@ -228,12 +231,12 @@ def test_capacity_grows_by_doubling_and_max_neighbors_is_kept():
     assert layer.num_centers == 2500
     assert layer.full
     assert sizes == {1024, 2048, 2500}
-    assert layer.grow(torch.randn(64, 3), torch.randint(2, (64,)))[0].added == 0
+    assert layer.grow(torch.randn(64, 3), torch.randint(2, (64,)))[0][0].added == 0
 
 
 def test_first_batch_is_cut_at_max_neighbors():
     layer = DynamicNeighbors(num_features=3, num_classes=2, max_neighbors=10)
-    assert layer.grow(torch.randn(64, 3), torch.randint(2, (64,)))[0].added == 10
+    assert layer.grow(torch.randn(64, 3), torch.randint(2, (64,)))[0][0].added == 10
 
 
 def test_memory_runs_out(monkeypatch):

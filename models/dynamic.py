@@ -1,0 +1,194 @@
+"""Growing networks: one layer of dynamic neighbors, or several, each fed by the one before.
+
+In a deep network the class scores by consecutive parts (`splits`) of one layer's centers are the
+next layer's input. Layers are grown one after the other, each in its own passes over the data.
+
+References:
+    J. Loverich, "Dynamic and Deep Nearest Neighbors in PyTorch".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from layers.distance_kernels import DistanceKernel
+from layers.dynamic import DynamicNeighbors
+from layers.prune import prune_centers
+
+__all__ = ["DynamicNetwork"]
+
+
+class DynamicNetwork(nn.Module):
+    """A stack of `DynamicNeighbors`, grown layer by layer.
+
+    Args:
+        num_inputs: Features of a sample; inputs are flattened.
+        num_classes: Number of classes; exactly one of `num_classes` and `num_outputs` is given.
+        num_outputs: Values a sample of a regression (one layer only).
+        num_layers: Number of layers.
+        splits: Parts of a layer's centers whose class scores the next layer sees.
+        num_passes: Passes over the data for each layer; a pass that adds nothing is its last.
+        batch_size: Samples that are learnt at a time; `grow` may be given many batches at once.
+        kernel_type: See `DistanceKernel`, as are the next four.
+        epsilon: Added to every distance.
+        exponent: Power of the inverse kernels.
+        scales: Levels of the pyramid.
+        influence_cone_factor: Reach of the influence cone.
+        predictor: See `DynamicNeighbors`, as are all that follow.
+        K: Voters of predictor ``knn``.
+        target_accuracy: Share of a batch from which on it is not gone over again.
+        max_count: Rounds a batch at most.
+        max_neighbors: Most centers of each layer.
+        tolerance: Error from which on a regression counts as wrong.
+
+    Attributes:
+        growth: One row a batch grown: layer, pass, samples, added, centers, and the percentage
+            that was right before (`seen`) and after (`learnt`) growing.
+    """
+
+    family, tasks = "Dynamic", ("classification", "approximation", "language")
+    training, uses_layer, min_input_size = "growth", False, 1
+
+    def __init__(
+        self,
+        *,
+        num_inputs: int,
+        num_classes: int | None = None,
+        num_outputs: int | None = None,
+        num_layers: int = 1,
+        splits: int = 1,
+        num_passes: int = 1,
+        batch_size: int = 64,
+        kernel_type: str = "cosine",
+        epsilon: float = 1e-6,
+        exponent: float = -4.0,
+        scales: int = 4,
+        influence_cone_factor: float = 2.0,
+        predictor: str = "interp",
+        K: int = 9,
+        target_accuracy: float = 0.9,
+        max_count: int = 3,
+        max_neighbors: int = 100_000,
+        tolerance: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1 or splits < 1:
+            raise ValueError(f"num_layers and splits must be >= 1, got {num_layers} and {splits}")
+        if num_outputs is not None and num_layers > 1:
+            raise ValueError(
+                f"a regression has no class scores to feed a next layer: num_layers must be 1, "
+                f"got {num_layers}"
+            )
+        kernel = DistanceKernel(kernel_type, epsilon, exponent, scales, influence_cone_factor)
+        widths = [num_inputs] + [splits * (num_classes or 0)] * (num_layers - 1)
+        self.layers = nn.ModuleList(
+            DynamicNeighbors(
+                num_features=width,
+                num_classes=num_classes,
+                num_outputs=num_outputs,
+                kernel=kernel,
+                predictor=predictor,
+                K=K,
+                target_accuracy=target_accuracy,
+                max_count=max_count,
+                max_neighbors=max_neighbors,
+                tolerance=tolerance,
+            )
+            for width in widths
+        )
+        self.splits, self.num_passes, self.batch_size = splits, num_passes, batch_size
+        self.growth: list[dict[str, float]] = []
+        # layer being grown, passes it has had, centers this pass has added
+        self.register_buffer("stage", torch.zeros(3, dtype=torch.int64))
+
+    @property
+    def num_stages(self) -> int:
+        """Passes over the data that growing takes at most."""
+        return len(self.layers) * self.num_passes
+
+    @property
+    def current(self) -> int:
+        """Index of the layer being grown."""
+        return int(self.stage[0])
+
+    @property
+    def num_centers(self) -> int:
+        """Centers of the layer being grown."""
+        return self.layers[self.current].num_centers
+
+    def features(self, x: Tensor, layer: int) -> Tensor:
+        """Return what layer number `layer` sees of samples (B, ...)."""
+        x = x.flatten(1)
+        for before in self.layers[:layer]:
+            x = before.featurize(x, self.splits)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predict by the deepest layer that has centers: scores (B, C) or values (B, O)."""
+        grown = max(i for i, layer in enumerate(self.layers) if layer.num_centers or i == 0)
+        return self.layers[grown](self.features(x, grown))
+
+    @torch.no_grad()
+    def grow(self, x: Tensor, y: Tensor) -> Tensor:
+        """Learn samples, batch by batch; return each one's prediction once its batch was learnt.
+
+        Shape:
+            x (B, ...), y (B,) int64 or (B, O) -> (B, C) or (B, O).
+
+        Raises:
+            CentersFull: If memory does not allow more centers; nothing is lost.
+        """
+        index = self.current
+        layer, centers = self.layers[index], self.layers[index].num_centers
+        try:
+            events, outputs = layer.grow(self.features(x, index), y, self.batch_size)
+        finally:
+            self.stage[2] += layer.num_centers - centers
+        for event in events:
+            centers += event.added
+            self.growth.append(
+                {
+                    "layer": index + 1,
+                    "pass": int(self.stage[1]) + 1,
+                    "samples": event.total,
+                    "added": event.added,
+                    "centers": centers,
+                    "seen": 100 * event.seen_correct / event.total,
+                    "learnt": 100 * event.correct / event.total,
+                }
+            )
+        return outputs
+
+    def end_pass(self) -> bool:
+        """Finish a pass over the data; return whether growing is finished.
+
+        A layer is done after `num_passes` passes, or one that added nothing; the last layer is
+        never left, so that a run may be gone on with.
+        """
+        index, passes, added = self.stage.tolist()
+        passes += 1
+        done = added == 0 or passes >= self.num_passes
+        last = index == len(self.layers) - 1
+        if done and not last:
+            self.stage.copy_(torch.tensor([index + 1, 0, 0]))
+            return False
+        self.stage.copy_(torch.tensor([index, passes, 0]))
+        return last and (added == 0 or self.layers[index].full)
+
+    def prune(self, x: Tensor, y: Tensor) -> tuple[int, int]:
+        """Drop centers of the last layer that no training prediction needs.
+
+        Args:
+            x: Training samples (N, ...).
+            y: Their classes or values.
+
+        Returns:
+            Centers before and after.
+        """
+        index = len(self.layers) - 1
+        layer = self.layers[index]
+        before = layer.num_centers
+        features = torch.cat([self.features(part, index) for part in x.split(4096)])
+        layer.keep(prune_centers(layer, features, y))
+        return before, layer.num_centers

@@ -1,0 +1,76 @@
+"""Feature maps for models that compare samples as they are: PCA, and a trained network's features.
+
+References:
+    K. Pearson, "On lines and planes of closest fit to systems of points in space", 1901 (PCA).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PCA", "penultimate_features"]
+
+
+class PCA:
+    """Projection on the directions of largest variance: (N, D) -> (N, num_components).
+
+    Directions are signed so that their largest entry is positive: the same data give the same
+    projection everywhere.
+
+    Args:
+        mean: Mean of the samples, (D,).
+        components: One direction a row, (num_components, D), of unit length.
+    """
+
+    def __init__(self, mean: Tensor, components: Tensor) -> None:
+        self.mean, self.components = mean, components
+
+    @classmethod
+    def fit(cls, x: Tensor, num_components: int) -> PCA:
+        """Find the directions in samples (N, D).
+
+        Raises:
+            ValueError: If there are fewer features or samples than components.
+        """
+        if not 1 <= num_components <= min(x.shape):
+            raise ValueError(
+                f"PCA to {num_components} components needs at least as many samples and features: "
+                f"there are {x.shape[0]} samples of {x.shape[1]} features"
+            )
+        mean = x.mean(dim=0)
+        covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        for part in x.split(4096):
+            centered = (part - mean).float()
+            covariance += (centered.t() @ centered).double()
+        _, vectors = torch.linalg.eigh(covariance)  # ascending
+        components = vectors[:, -num_components:].t().flip(0)
+        largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+        return cls(mean, (components * largest.sign()).to(x.dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Project samples (N, D) -> (N, num_components)."""
+        return (x - self.mean.to(x.device)) @ self.components.t().to(x.device)
+
+
+@torch.no_grad()
+def penultimate_features(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what a classifier's last linear layer sees: (B, ...) -> (B, D).
+
+    Args:
+        network: A network in evaluation mode that ends in a linear layer.
+        inputs: A batch, prepared as in the network's training.
+
+    Raises:
+        ValueError: If the network has no linear layer.
+    """
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{type(network).__name__} has no linear layer: no features to take")
+    seen: list[Tensor] = []
+    hook = linear[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        network(inputs)
+    finally:
+        hook.remove()
+    return seen[-1].flatten(1).float()
