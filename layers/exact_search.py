@@ -239,7 +239,13 @@ class ExactIndex:
         try:
             return _search_torch(queries, keys, K, self, "float32")
         except _OutOfRange:
+            pass
+        try:
             return _search_torch(queries, keys, K, self, "float64")
+        except _OutOfRange:
+            raise ValueError(
+                "queries and keys must be finite (found NaN, infinity or overflow)"
+            ) from None
 
     def _search_compiled(
         self, library: ctypes.CDLL, queries: Tensor, keys: _Keys, K: int
@@ -486,8 +492,6 @@ def _search_torch(
     finally:
         torch.set_float32_matmul_precision(matmul_precision)
     if not best.isfinite().all():
-        if mode == "float64":
-            raise ValueError("queries and keys must be finite (found NaN, infinity or overflow)")
         raise _OutOfRange
     words = {"integer": "8-bit integer products, exact"}
     index.path = words.get(mode, f"{mode} products with a certified bound, decided in float64")

@@ -369,25 +369,35 @@ double exact_bound(const Search& h, int64_t i) {
   return worst - h.shift[i] + (std::fabs(worst) + std::fabs(h.shift[i])) * 1e-13;
 }
 
-// Exact costs of the survivors, most promising first, until no lower bound reaches the K-th exact cost.
-int64_t settle(Search& h, FloatList& list, int64_t i, const void* rows, int type, int64_t base_index) {
+void prefetch_row(const Search& h, const void* rows, int type, int64_t j) {
+  const int64_t bytes = h.d * (type == kF32 ? 4 : type == kF64 ? 8 : 1);
+  const char* p = static_cast<const char*>(rows) + j * bytes;
+  for (int64_t b = 0; b < std::min<int64_t>(bytes, 4096); b += 64) __builtin_prefetch(p + b);
+}
+
+// Exact costs of (at most `most`) survivors, most promising first, until no lower bound reaches the K-th exact cost.
+int64_t settle(Search& h, FloatList& list, int64_t i, const void* rows, int type, int64_t base_index,
+               size_t most = std::numeric_limits<size_t>::max()) {
   const size_t K = size_t(h.K);
   list.prune(K);
-  std::sort(list.items.begin(), list.items.end(), [](const Candidate& a, const Candidate& b) {
+  auto& items = list.items;
+  std::sort(items.begin(), items.end(), [](const Candidate& a, const Candidate& b) {
     return a.lower != b.lower ? a.lower < b.lower : a.index < b.index;
   });
-  int64_t evaluated = 0;
+  size_t c = 0;
   double bound = exact_bound(h, i);
-  for (const Candidate& c : list.items) {
-    if (double(c.lower) > bound) break;
-    offer(h.best[i], K, {exact_cost_any(h, i, rows, type, c.index), base_index + c.index});
+  for (; c < items.size() && c < most && double(items[c].lower) <= bound; ++c) {
+    if (c + 1 < items.size()) prefetch_row(h, rows, type, items[c + 1].index);
+    offer(h.best[i], K, {exact_cost_any(h, i, rows, type, items[c].index), base_index + items[c].index});
     bound = exact_bound(h, i);
-    ++evaluated;
   }
-  list.items.clear();
-  list.limit = 4 * K + 64;
   list.base = std::min(list.base, round_up(bound));
-  return evaluated;
+  const float base = list.base;
+  items.erase(items.begin(), items.begin() + c);
+  items.erase(std::remove_if(items.begin(), items.end(), [base](const Candidate& x) { return x.lower > base; }),
+              items.end());
+  list.limit = 4 * K + 64 + 2 * items.size();
+  return int64_t(c);
 }
 
 void scan_float(Search& h, const uint8_t* packed, const float* meta, const void* rows, int type, int64_t n,
@@ -400,7 +410,11 @@ void scan_float(Search& h, const uint8_t* packed, const float* meta, const void*
   int64_t evaluated = 0;
   alignas(64) float score[kPanel];
   alignas(64) int32_t dots[kRows * kPanel];
+  // A K-th best among exact costs bounds by one error where one among upper bounds takes two: get it early on.
+  const int64_t early = panels >= 64 + int64_t(K) ? panels / 8 : -1;
   for (int64_t p = 0; p < panels; ++p) {
+    if (p == early)
+      for (int64_t i = 0; i < tile; ++i) evaluated += settle(h, lists[i], q0 + i, rows, type, base_index, K);
     const float* mt = meta + p * kMeta;
     const float A = mt[2 * kPanel], B = mt[2 * kPanel + 1], R = mt[2 * kPanel + 2];
     const uint8_t* keys = packed + p * h.dpad * kPanel;
