@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Subset
 
@@ -37,6 +39,7 @@ from layers.distance_kernels import KERNELS
 from layers.dynamic import PREDICTORS
 from models import MODELS, model_class
 from models.features import PCA, penultimate_features
+from models.knn import VOTES
 from models.n3net import PRESETS, load_pretrained, read_weights
 from models.tiling import check_tiles, forward_in_tiles
 from train_eval import (
@@ -47,6 +50,7 @@ from train_eval import (
     GrowthTrainer,
     ImageReport,
     LanguageTask,
+    NeighborReport,
     Progress,
     RunFolder,
     Task,
@@ -55,6 +59,7 @@ from train_eval import (
     build_optimizer,
     build_scheduler,
     evaluate,
+    evaluate_neighbors,
     fit,
     generate_text,
     load_checkpoint,
@@ -66,7 +71,10 @@ from utils import (
     atomic_path,
     describe_model,
     format_args,
+    get_random_state,
     parse_args_text,
+    plot_confusion,
+    plot_neighbors,
     save_checkpoint,
     save_panels,
     seed_everything,
@@ -125,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for add in (add_model_flags, add_layer_flags, add_data_flags, add_training_flags):
         add(parser)
-    for add in (add_denoising_flags, add_dynamic_flags, add_optimizer_flags):
+    for add in (add_denoising_flags, add_dynamic_flags, add_knn_flags, add_optimizer_flags):
         add(parser)
     for add in (add_system_flags, add_output_flags):
         add(parser)
@@ -199,8 +207,8 @@ def add_layer_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--magnitude_type",
         default="cosine",
-        choices=["cosine", "euclidean"],
-        help="similarity of two positions; also the metric of --model knn",
+        choices=["cosine", "euclidean", "dot"],
+        help="similarity of two positions; also the metric of --model knn (dot is for knn only)",
     )
     add(
         "--similarity_type",
@@ -516,6 +524,39 @@ def add_dynamic_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_knn_flags(parser: argparse.ArgumentParser) -> None:
+    """Add K-nearest-neighbor classification."""
+    group = parser.add_argument_group(
+        "K nearest neighbors (--model knn; --K and --magnitude_type are above)"
+    )
+    add = group.add_argument
+    add(
+        "--vote",
+        default="majority",
+        choices=VOTES,
+        help="neighbors count the same (ties go to the nearer), or by 1 / distance",
+    )
+    add(
+        "--knn_features",
+        default="raw",
+        metavar="raw|pca:N|FILE",
+        help="what is compared: pixels, their N principal components, or what the last layer of "
+        "a network trained here sees (its best.pt)",
+    )
+    add(
+        "--knn_precision",
+        default="auto",
+        choices=["auto", "float32"],
+        help="products in 8 bits where that is faster, or in float32; the neighbors are exact "
+        "either way",
+    )
+    add(
+        "--leave_one_out",
+        action="store_true",
+        help="choose among several --K by classifying every training sample by the others",
+    )
+
+
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     """Add optimizer and schedule."""
     group = parser.add_argument_group("Optimizer and schedule")
@@ -709,6 +750,7 @@ DATASET_FLAGS: dict[str, tuple[str, ...]] = {
 }
 # Flags of --model dynamic that its constructor does not take.
 DYNAMIC_FLAGS = ("dynamic_features", "balanced_first_batch", "prune", "eval_train")
+KNN_FLAGS = ("vote", "knn_features", "knn_precision", "leave_one_out")
 # Defaults that differ from the parser's for one model; flags of the user win.
 _DENOISER = {
     "dataset": "photos",
@@ -725,6 +767,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "dncnn": {**_DENOISER, "depth": 17},
     "n3net": _DENOISER,
     "dynamic": {"batch_size": 64, "num_epochs": 1},
+    "knn": {"K": 1, "batch_size": 4096, "num_epochs": 1},
 }
 # The same for one model on one dataset.
 DATASET_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -1006,17 +1049,24 @@ def check_arguments(
         check_denoising(parser, args, given)
     if args.model == "dynamic":
         check_dynamic(parser, args, given)
+    if args.model == "knn":
+        check_knn(parser, args)
 
     # Flags without effect are said, not refused.
     used = set(LAYER_FLAGS[args.layer]) if model_type.uses_layer else set()
     used |= set(MODEL_FLAGS.get(args.model, ()))
+    used |= {"K", "magnitude_type"} if args.model == "knn" else set()
     of_layers = {flag for flags in LAYER_FLAGS.values() for flag in flags} | {"layer"}
     of_models = {flag for flags in MODEL_FLAGS.values() for flag in flags}
     idle = (
         ((of_layers | of_models) & given) - used - ({"layer"} if model_type.uses_layer else set())
     )
-    if model_type.training == "growth":
+    if model_type.training != "gradient":
         idle |= set(GRADIENT_FLAGS) & given - used
+    if model_type.training == "memory":
+        idle |= {"num_epochs", "augment"} & given
+    else:
+        idle |= set(KNN_FLAGS) & given
     if task != "denoising":
         idle |= set(DENOISING_FLAGS) & given - used
     if args.model != "dynamic":
@@ -1117,6 +1167,34 @@ def check_dynamic(
             )
 
 
+def check_knn(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse K-nearest-neighbor runs that cannot work."""
+    try:
+        build_classifier(args)
+    except ValueError as error:
+        parser.error(f"--model knn: {error}")
+    if args.resume:
+        parser.error(
+            "--resume: --model knn stores the training set in one go, there is nothing to go on "
+            "with. --test_only evaluates the run; --overwrite does it anew."
+        )
+    if args.leave_one_out and args.val_split > 0:
+        parser.error(
+            "--leave_one_out and --val_split are two ways to choose --K: give one of them."
+        )
+    if args.leave_one_out and world_size() > 1:
+        parser.error(
+            "--leave_one_out needs all samples in one process, and torchrun started "
+            f"{world_size()}. Try --val_split."
+        )
+    check_features(parser, "--knn_features", args.knn_features)
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_features(parser: argparse.ArgumentParser, flag: str, spec: str) -> None:
     """Refuse what is no feature: raw, pca:N, or the checkpoint of a network."""
     if spec == "raw":
@@ -1169,7 +1247,7 @@ def build_data(args: argparse.Namespace, model_type: type[nn.Module]) -> Data:
             "data_path": args.data_path,
             "resize": args.resize,
             "min_side": model_type.min_input_size,
-            "augment": args.augment,
+            "augment": args.augment and model_type.training != "memory",
             "noise": args.noise,
             "normalize": model_type.training == "gradient",
         }
@@ -1226,6 +1304,8 @@ def build_model(args: argparse.Namespace, model_type: type[nn.Module], data: Dat
         if data.train is not None:
             steps = args.num_epochs * -(-len(data.train) // args.batch_size)
         return build_denoiser(args, data.sample_shape[0], steps)
+    if args.model == "knn":
+        return build_classifier(args)
     options = {name: getattr(args, name) for name in MODEL_FLAGS.get(args.model, ())}
     if args.model == "dynamic":
         outputs = "num_outputs" if data.task == "approximation" else "num_classes"
@@ -1241,6 +1321,13 @@ def build_model(args: argparse.Namespace, model_type: type[nn.Module], data: Dat
     if data.task == "classification":
         options |= {"in_channels": data.sample_shape[0], "num_classes": data.num_outputs}
     return MODELS[args.model](**options)
+
+
+def build_classifier(args: argparse.Namespace) -> nn.Module:
+    """Build a K-nearest-neighbor classifier without samples."""
+    return MODELS["knn"](
+        K=args.K, metric=args.magnitude_type, vote=args.vote, precision=args.knn_precision
+    )
 
 
 def build_denoiser(args: argparse.Namespace, channels: int, steps: int = 0) -> nn.Module:
@@ -1360,7 +1447,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.input:
         return denoise_file(parser, args, device, checkpoint, weights)
     try:
-        spec = args.dynamic_features if args.model == "dynamic" else "raw"
+        features = {"dynamic": args.dynamic_features, "knn": args.knn_features}
+        spec = features.get(args.model, "raw")
         data = with_features(args, spec, model_type, device)
         model = build_model(args, model_type, data).to(device)
         model_text = probe(model, model_type, data, device)
@@ -1378,6 +1466,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = RunFolder(args.output_dir)
     command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
     try:
+        if model_type.training == "memory":
+            try:
+                if args.test_only:
+                    return test(args, data, model, task, device, run, checkpoint)
+                return classify(args, data, model, task, device, run, command)
+            except ValueError as error:  # fewer samples than --K, or of another size
+                parser.error(f"--model knn: {error}")
         if args.test_only:
             return test(args, data, model, task, device, run, checkpoint)
         trainer = build_trainer(args, model_type, model, task, device)
@@ -1404,7 +1499,7 @@ def resume_hint(run: RunFolder) -> str:
 
 def probe(model: nn.Module, model_type: type[nn.Module], data: Data, device: torch.device) -> str:
     """Describe the model by a forward pass of a blank sample: shapes that cannot work fail here."""
-    if model_type.training == "growth":
+    if model_type.training != "gradient":
         return f"{model}\n"
     return describe_model(model, torch.zeros(1, *data.sample_shape, device=device))
 
@@ -1507,6 +1602,169 @@ def train(
     return results
 
 
+def classify(
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    task: Task,
+    device: torch.device,
+    run: RunFolder,
+    command: str,
+) -> dict[str, Any]:
+    """Store the training set, classify by K nearest neighbors, and choose among several K.
+
+    Under torchrun every process stores its part of the training set, and the first one writes.
+    """
+    distributed = world_size() > 1 and not dist.is_initialized()
+    if distributed:
+        dist.init_process_group("gloo")
+    leader = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        options = loader_options(args, device)
+        limits = {"test": data.test, "val": data.val}
+        train = data.train
+        if args.dry_run:
+            train = limit(train, 2 * args.batch_size)
+            limits = {name: limit(part, 2 * args.batch_size) for name, part in limits.items()}
+        start = time.perf_counter()
+        batches = build_loader(train, **options)
+        model.fit_batches(batches, data.num_outputs, shard=world_size() > 1).to(device)
+        seconds = time.perf_counter() - start
+        header = f"# {command}\n# torch {torch.__version__}, Python {sys.version.split()[0]}\n"
+        if leader and not args.dry_run:
+            run.start(header + format_args(plain_arguments(args)), f"{model}\n", Progress())
+            print(f"Run folder: {run.path}")
+
+        reports: dict[str, NeighborReport] = {}
+        if limits["val"] is not None:
+            loader = build_loader(limits["val"], **options)
+            reports["val"] = evaluate_neighbors(model, loader, device=device)
+        if args.leave_one_out:
+            own = [(None, model.labels)]
+            reports["leave-one-out"] = evaluate_neighbors(model, own, device=device)
+        loader = build_loader(limits["test"], **options)
+        reports["test"] = evaluate_neighbors(model, loader, device=device)
+
+        judge = next(iter(reports))  # the test set only if there is nothing else
+        accuracy = {K: reports[judge].metrics[K]["top1"] for K in model.K}
+        model.chosen = max(model.K, key=lambda K: (accuracy[K], -K))
+        lines = neighbor_lines(model, task, reports)
+        lines[0] = f"Stored {len(model.labels)} training samples in {seconds:.4f}s. {lines[0]}"
+        lines.append(f"Max Accuracy: {accuracy[model.chosen]:.4f}% at K {model.chosen}")
+        if len(model.K) > 1:
+            chosen_on = {
+                "val": f"on {len(reports[judge].labels)} held-out training samples",
+                "leave-one-out": "by leaving out one training sample at a time",
+                "test": "on the test set, as in published tables; --val_split or --leave_one_out "
+                "choose it on training data",
+            }
+            lines.append(f"K was chosen {chosen_on[judge]}.")
+        result = reports["test"].metrics[model.chosen]
+        results: dict[str, Any] = {
+            "output_dir": str(run.path),
+            "K": model.chosen,
+            "test": result,
+            "accuracy": {K: row["top1"] for K, row in reports["test"].metrics.items()},
+            "queries_per_second": reports["test"].queries_per_second,
+        }
+        if args.dry_run:
+            print(*lines, sep="\n")
+            return results | {"output_dir": None}
+        if leader:
+            record_neighbors(args, data, model, reports, run, lines)
+        return results
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+
+
+def neighbor_lines(
+    model: nn.Module, task: Task, reports: Mapping[str, NeighborReport]
+) -> list[str]:
+    """Word what K-nearest-neighbor classification measured: speed, then a line for every K."""
+    test = reports["test"]
+    lines = [
+        f"Classified {len(test.labels)} test samples in {test.seconds:.4f}s "
+        f"({test.queries_per_second:.0f} queries/s; {model.metric}, {model.vote} vote; "
+        f"{model.search_path}; K up to {max(model.K)} from one search)."
+    ]
+    for K in model.K:
+        parts = [
+            f"[{name.capitalize()}] {task.line(report.metrics[K])}"
+            for name, report in reports.items()
+        ]
+        lines.append(f"[K {K:03d}] " + " | ".join(parts))
+    return lines
+
+
+def record_neighbors(
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    reports: Mapping[str, NeighborReport],
+    run: RunFolder,
+    lines: Sequence[str],
+) -> None:
+    """Write what :func:`classify` found: results, table, checkpoint and pictures."""
+    for line in lines:
+        run.write_line(line)
+    for K in model.K:
+        row: dict[str, float] = {"K": K}
+        for name, report in reports.items():
+            prefix = name.replace("-", "_")
+            row |= {f"{prefix}_{metric}": value for metric, value in report.metrics[K].items()}
+        run.metrics.append(row)
+    for name, report in reports.items():
+        run.timing.append(
+            {
+                "set": name,
+                "queries": len(report.labels),
+                "seconds": report.seconds,
+                "queries_per_second": report.queries_per_second,
+            }
+        )
+    if model.sharded:
+        run.write_line("No checkpoint: every process holds its own part of the samples.")
+    else:
+        accuracy = reports["test"].metrics[model.chosen]["top1"]
+        progress = Progress(epoch=1, best_epoch=1, best_value=accuracy)
+        checkpoint = {
+            "format": 1,
+            "model": model.state_dict(),
+            "trainer": {},
+            "progress": vars(progress),
+            "random_state": get_random_state(),
+            "args": plain_arguments(args),
+        }
+        run.save(checkpoint, best=True)
+    show_neighbors(args, data, model, reports["test"], run)
+
+
+def show_neighbors(
+    args: argparse.Namespace, data: Data, model: nn.Module, report: NeighborReport, run: RunFolder
+) -> None:
+    """Draw the confusion matrix, and some queries with their neighbors: right ones and wrong."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    K, names = model.chosen, data.class_names or tuple(map(str, range(data.num_outputs)))
+    plot_confusion(report.confusion(K, data.num_outputs), names, run.path / "confusion.png")
+    if args.knn_features != "raw":  # the same samples as pictures
+        data = build_data(args, model_class(args.model))
+    if len(data.sample_shape) != 3:
+        return
+    predictions = report.predictions[K]
+    right = predictions == report.labels
+    chosen = [part.nonzero().flatten()[:5].tolist() for part in (right, ~right)]
+    rows = []
+    for query in chosen[0] + chosen[1]:
+        image, label = data.test[query]
+        row = [(image, f"{names[int(label)]}", None)]
+        for neighbor in report.indices[query, :8].tolist():
+            image, other = data.train[neighbor]
+            row.append((image, names[int(other)], int(other) == int(label)))
+        rows.append(row)
+    plot_neighbors(rows, run.path / "neighbors.png")
+
+
 def finish_growth(
     args: argparse.Namespace,
     data: Data,
@@ -1595,6 +1853,11 @@ def examine(
     loader = build_loader(data.test, **loader_options(args, device))
     options = {"device": device, "amp": args.use_amp}
     if data.task != "denoising":
+        if args.model == "knn":
+            report = evaluate_neighbors(model, loader, device=device)
+            lines = neighbor_lines(model, task, {"test": report})
+            show_neighbors(args, data, model, report, run)
+            return report.metrics[model.chosen], lines
         metrics = evaluate(model, task, loader, **options)
         if args.model == "dynamic":
             return metrics, show_growth(args, data, model, device, run, {})

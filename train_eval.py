@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ __all__ = [
     "GrowthTrainer",
     "ImageReport",
     "LanguageTask",
+    "NeighborReport",
     "Progress",
     "RunFolder",
     "Task",
@@ -51,6 +52,7 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "evaluate",
+    "evaluate_neighbors",
     "fit",
     "generate_text",
     "load_checkpoint",
@@ -680,6 +682,75 @@ def evaluate(
         if observe is not None:
             observe(inputs, outputs, targets, metrics)
     return averages.result()
+
+
+@dataclass
+class NeighborReport:
+    """What K-nearest-neighbor classification found, for several K from one search.
+
+    Attributes:
+        metrics: For every K: ``top1`` and ``top5`` in %; a class without a vote is in no top five.
+        predictions: For every K the classes (M,).
+        labels: (M,) true classes.
+        indices: (M, largest K) neighbors.
+        seconds: Time of search and votes.
+    """
+
+    metrics: dict[int, dict[str, float]]
+    predictions: dict[int, Tensor]
+    labels: Tensor
+    indices: Tensor
+    seconds: float
+
+    @property
+    def queries_per_second(self) -> float:
+        """Throughput of search and votes."""
+        return len(self.labels) / max(self.seconds, 1e-9)
+
+    def confusion(self, K: int, num_classes: int) -> Tensor:
+        """Return how many samples of a class (row) were taken for each class (column)."""
+        pairs = self.labels * num_classes + self.predictions[K]
+        return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+@torch.no_grad()
+def evaluate_neighbors(
+    model: nn.Module, batches: Iterable[tuple[Tensor | None, Tensor]], *, device: torch.device
+) -> NeighborReport:
+    """Classify by K nearest neighbors, for all of the model's K at once.
+
+    Args:
+        model: Offers ``K``, ``kneighbors(x)`` and ``votes(values, indices, K)``.
+        batches: Samples and labels; samples None stands for the stored ones, each without itself.
+        device: Where the search runs.
+    """
+    hits: dict[int, list[Tensor]] = {K: [] for K in model.K}
+    classes: dict[int, list[Tensor]] = {K: [] for K in model.K}
+    labels, indices, seconds = [], [], 0.0
+    for samples, targets in batches:
+        targets = targets.to(device)
+        start = time.perf_counter()
+        found = model.kneighbors(None if samples is None else samples.to(device))
+        for K in model.K:
+            _, scores = model.votes(*found, K)
+            best = scores.topk(min(5, scores.shape[1]), dim=1)
+            right = (best.indices == targets[:, None]) & best.values.isfinite()
+            hits[K].append(torch.stack([right[:, 0], right.any(1)], 1).cpu())
+            classes[K].append(best.indices[:, 0].cpu())
+        seconds += time.perf_counter() - start
+        labels.append(targets.cpu())
+        indices.append(found[1].cpu())
+    metrics = {}
+    for K, parts in hits.items():
+        top1, top5 = (100 * torch.cat(parts).double().mean(0)).tolist()
+        metrics[K] = {"top1": top1, "top5": top5}
+    return NeighborReport(
+        metrics,
+        {K: torch.cat(parts) for K, parts in classes.items()},
+        torch.cat(labels),
+        torch.cat(indices),
+        seconds,
+    )
 
 
 @dataclass

@@ -31,8 +31,10 @@ __all__ = [
     "format_args",
     "get_random_state",
     "parse_args_text",
+    "plot_confusion",
     "plot_growth",
     "plot_learning_curves",
+    "plot_neighbors",
     "psnr",
     "save_checkpoint",
     "save_panels",
@@ -326,6 +328,82 @@ def plot_learning_curves(
         axis.legend(loc="upper left")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
+
+
+def plot_confusion(counts: Tensor, class_names: Sequence[str], path: str | os.PathLike) -> None:
+    """Draw how often samples of a class (row) are taken for each class (column).
+
+    Args:
+        counts: (C, C) numbers of samples.
+        class_names: Their names.
+        path: Where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+
+    shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+    classes = len(counts)
+    side = min(9.0, 2.5 + 0.42 * classes)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axis = figure.subplots()
+    # The square root makes rare confusions visible beside the diagonal.
+    image = axis.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+    axis.set(xlabel="predicted", ylabel="true")
+    if classes <= 25:
+        axis.set_xticks(range(classes), class_names, rotation=90)
+        axis.set_yticks(range(classes), class_names)
+        for row in range(classes):
+            for column in range(classes):
+                if counts[row, column]:
+                    dark = shares[row, column] > 0.4
+                    axis.text(
+                        *(column, row, str(int(counts[row, column]))),
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if dark else "black",
+                    )
+    bar = figure.colorbar(image, ax=axis, shrink=0.7)
+    ticks = (0, 0.01, 0.1, 0.5, 1)
+    bar.set_ticks([t**0.5 for t in ticks], labels=[f"{100 * t:g}%" for t in ticks])
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def plot_neighbors(
+    rows: Sequence[Sequence[tuple[Tensor, str, bool | None]]], path: str | os.PathLike
+) -> None:
+    """Draw queries, each with its neighbors in a row.
+
+    Args:
+        rows: For every query the query itself and its neighbors: image (C, H, W) in [0, 1],
+            caption, and whether its class is right (None for the query).
+        path: Where the PNG goes.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(11)
+    height, width = rows[0][0][0].shape[-2:]
+    zoom = max(1, -(-56 // max(height, width)))
+    cell, line = (width * zoom + 10, height * zoom + 24), 16
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    colors = {None: "black", True: "green", False: "red"}
+    for y, row in enumerate(rows):
+        for x, (image, caption, right) in enumerate(row):
+            picture = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            picture = picture.expand(3, -1, -1) if len(picture) == 1 else picture[:3]
+            tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            left, top = x * cell[0] + 5, y * cell[1] + line
+            box = (left - 2, top - 2, left + tile.width + 1, top + tile.height + 1)
+            draw.rectangle(box, outline=colors[right], width=2)
+            sheet.paste(tile, (left, top))
+            while caption and draw.textlength(caption, font) > cell[0] - 4:
+                caption = caption[:-1]
+            draw.text((left, top - line), caption, fill=colors[right], font=font)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def plot_growth(rows: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:

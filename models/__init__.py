@@ -5,7 +5,8 @@
 
 - `family`: its folder under `Output/`;
 - `tasks`: a tuple among "classification", "denoising", "approximation", "language";
-- `training`: "gradient", or "growth" (no gradients; sees pixels in [0, 1] instead of normalised);
+- `training`: "gradient"; "growth" (no gradients; sees pixels in [0, 1] instead of normalised) or
+  "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
 - `min_input_size`: the smallest side of an image it accepts.
 """
@@ -17,11 +18,22 @@ from torch import nn
 
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
+from models.knn import KNNClassifier
 from models.n3net import N3Net
 from models.resnet import ResBlock, ResNet
 from models.vgg import VGG
 
-__all__ = ["MODELS", "VGG", "DnCNN", "DynamicNetwork", "N3Net", "ResBlock", "ResNet", "model_class"]
+__all__ = [
+    "MODELS",
+    "VGG",
+    "DnCNN",
+    "DynamicNetwork",
+    "KNNClassifier",
+    "N3Net",
+    "ResBlock",
+    "ResNet",
+    "model_class",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg11": partial(VGG, depth=11),
@@ -33,6 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "dncnn": DnCNN,
     "n3net": N3Net,
     "dynamic": DynamicNetwork,
+    "knn": KNNClassifier,
 }
 
 

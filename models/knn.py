@@ -235,7 +235,8 @@ class KNNClassifier(nn.Module):
         """Take back what :meth:`get_extra_state` returned."""
         self.num_classes, self.scale = int(state["num_classes"]), float(state["scale"])
         self.sharded, self.offset = bool(state["sharded"]), int(state["offset"])
-        self.chosen = int(state["chosen"])
+        if int(state["chosen"]) in self.K:
+            self.chosen = int(state["chosen"])
         self.file = state["file"]
         if self.file is not None:
             if not Path(self.file).is_file():

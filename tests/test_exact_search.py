@@ -3,17 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from layers import exact_search as module
-from layers.exact_search import (
-    METRICS,
-    ExactIndex,
-    exact_search,
-    merge_neighbors,
-    merge_over_ranks,
-)
+from layers.exact_search import METRICS, ExactIndex, exact_search, merge_neighbors
 
 PATHS = ("compiled", "int8", "float32", "float64")
 
@@ -312,24 +304,3 @@ def test_merge_keeps_the_best_and_the_lower_index():
     far, where = merge_neighbors(values, indices, 3, "dot")
     assert far.tolist() == [[3, 2, 1]]
     assert where.tolist() == [[2, 0, 4]]
-
-
-def search_part(rank, world, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
-    )
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(11)
-    keys, queries = (torch.randn(n, 6, generator=generator) for n in (101, 15))
-    start, stop = len(keys) * rank // world, len(keys) * (rank + 1) // world
-    for K in (4, 80):
-        values, indices = exact_search(queries, keys[start:stop], min(K, stop - start))
-        merged = merge_over_ranks(values, indices + start, K, "euclidean")
-        expected = exact_search(queries, keys, K)
-        assert torch.equal(merged[1], expected[1])
-        torch.testing.assert_close(merged[0], expected[0])
-    dist.destroy_process_group()
-
-
-def test_keys_sharded_over_two_processes(tmp_path):
-    mp.spawn(search_part, args=(2, str(tmp_path)), nprocs=2)
