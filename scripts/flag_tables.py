@@ -1,0 +1,50 @@
+"""Write the README's flag tables from the program's own help texts.
+
+python scripts/flag_tables.py            # print them
+python scripts/flag_tables.py --write    # put them between the README's markers
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from main import build_parser
+from utils import write_text
+
+START, END = "<!-- flags -->\n", "<!-- /flags -->\n"
+
+
+def flag_tables() -> str:
+    lines = []
+    for group in build_parser()._action_groups:
+        actions = [a for a in group._group_actions if a.dest != "help"]
+        if not actions:
+            continue
+        lines += [f"**{group.title}**", "", "| flag | default | meaning |", "|---|---|---|"]
+        for action in actions:
+            flags = " ".join(f"`{flag}`" for flag in action.option_strings)
+            default = "" if action.default is None else f"`{action.default}`"
+            choices = "" if action.choices is None else " / ".join(f"`{c}`" for c in action.choices)
+            meaning = " ".join((action.help or "").replace("%%", "%").replace("|", "\\|").split())
+            lines.append(f"| {flags} | {default} | {meaning}{': ' + choices if choices else ''} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    if not parser.parse_args(argv).write:
+        print(flag_tables())
+        return
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    write_text(readme, before + START + flag_tables() + END + after)
+
+
+if __name__ == "__main__":
+    main()

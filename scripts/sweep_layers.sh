@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Train one network with every layer, then compare the runs. Further flags go to every run, e.g.
+#   scripts/sweep_layers.sh --model resnet18 --dataset digits --num_epochs 5 --batch_size 32
+# OUT chooses the folder (default Output/sweep_layers), PYTHON the interpreter.
+set -euo pipefail
+source "$(dirname "$0")/lib.sh"
+out=${OUT:-Output/sweep_layers}
+
+for layer in Conv2d Conv2d_New ConvNN ConvNN_Attn Branching Branching_Attn; do
+  run "$layer" --layer "$layer" "$@"
+done
+"$python" scripts/compare_runs.py "$out"/* --picture "$out/curves.png"
