@@ -1,0 +1,405 @@
+"""Time and peak memory of the neighbor layer beside a plain implementation of the same formulas.
+
+    python scripts/bench_layers.py                 # the cases and the scaling with image size
+    python scripts/bench_layers.py --parts cases   # only the cases
+    python scripts/bench_layers.py --train         # training steps of VGG11 with every layer
+
+All implementations of a case take turns within one process, so that they share the machine's
+moods; times are medians, with the quartiles beside them. Peak memory is what one forward and
+backward pass adds to a process of its own that has already run the layer on a small input.
+
+plain     the whole similarity of all padded positions, top-K, the input expanded K-fold before
+          gathering, Conv1d: the formulas one after the other, as the published layer does
+cropped   the same, with only the needed rows of the similarity and no expansion
+torch     this project's layer in PyTorch alone (NEIGHBORS_NATIVE=0)
+compiled  this project's layer with its compiled kernels (the default where there is a compiler)
+conv2d    nn.Conv2d with as many taps
+sdpa      scaled_dot_product_attention on the same tokens, one head
+"""
+
+import argparse
+import csv
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import LAYERS, Conv2d_NN, native
+
+MIB = 1 << 20
+K = 9
+CASES = {
+    "1": {"shape": (32, 64, 32, 32)},
+    "2": {"shape": (8, 64, 64, 64)},
+    "3": {"shape": (32, 64, 32, 32), "sampling_type": "spatial", "num_samples": 8},
+    "4": {"shape": (32, 256, 8, 8)},
+    "224": {"shape": (1, 64, 224, 224)},
+}
+SCALING_SIDES = (4, 8, 16, 32, 64, 128, 224)
+IMPLEMENTATIONS = ("plain", "cropped", "torch", "compiled", "conv2d", "sdpa")
+# Positions from which a similarity of all pairs is left out.
+PLAIN_LIMIT = 6000
+
+
+class Plain(nn.Module):
+    """ConvNN step by step, holding every intermediate result whole."""
+
+    def __init__(self, layer, cropped=False):
+        super().__init__()
+        self.layer, self.cropped = layer, cropped
+
+    def forward(self, x):
+        layer, (b, c, h, w) = self.layer, x.shape
+        x = F.pad(x, (1, 1, 1, 1))
+        key_shape = tuple(x.shape[2:])
+        own = layer.self_index(key_shape, x.device)
+        candidates = layer.candidates(key_shape, x.device)
+        x = x.flatten(2)  # (B, C, N)
+        features = F.normalize(x, dim=1)
+        rows = features[:, :, own] if self.cropped else features
+        names = own if self.cropped else torch.arange(x.shape[2], device=x.device)
+        if candidates is None:
+            similarity = rows.mT @ features
+            similarity[:, torch.arange(len(names)), names] = 2.0
+            indices = similarity.topk(K, dim=-1).indices
+        else:
+            similarity = rows.mT @ features[:, :, candidates]
+            similarity = similarity.masked_fill(names[:, None] == candidates, -2.0)
+            others = candidates[similarity.topk(K - 1, dim=-1).indices]
+            indices = torch.cat([names[None, :, None].expand(b, -1, 1), others], -1)
+        if self.cropped:
+            at = indices.view(b, 1, -1).expand(-1, c, -1)
+            gathered = x.gather(2, at)
+        else:
+            at = indices[:, own, None].movedim(2, 1).expand(-1, c, -1, -1)
+            gathered = x.unsqueeze(-1).expand(-1, -1, -1, K).gather(2, at).flatten(2)
+        conv = layer.conv1d_layer
+        return F.conv1d(gathered, conv.weight, conv.bias, stride=K).view(b, -1, h, w)
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        tokens = x.flatten(2).mT[:, None]
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
+def build(name, shape, options):
+    """Build an implementation; returns it and how to switch the kernels for it."""
+    torch.manual_seed(0)
+    layer = Conv2d_NN(shape[1], shape[1], K=K, padding=1, **options)
+    switch = {"torch": "0", "compiled": "1"}.get(name, "1")
+    module = {
+        "plain": lambda: Plain(layer),
+        "cropped": lambda: Plain(layer, cropped=True),
+        "conv2d": lambda: nn.Conv2d(shape[1], shape[1], 3, padding=1),
+        "sdpa": Attention,
+    }.get(name, lambda: layer)()
+    return module, switch
+
+
+def available(name, shape):
+    n = math.prod(side + 2 for side in shape[2:])
+    if name in ("plain", "cropped"):
+        return n <= PLAIN_LIMIT
+    return name != "compiled" or native.library() is not None
+
+
+def one_pass(module, x, backward):
+    if not backward:
+        with torch.no_grad():
+            return module(x)
+    y = module(x)
+    y.backward(torch.ones_like(y))
+    x.grad = None
+    return y
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_case(shape, options, names, device, repeats, seconds, backward=True):
+    """Milliseconds of each implementation: {name: sorted times}, taking turns."""
+    x = torch.randn(shape, device=device, requires_grad=True)
+    built = {name: build(name, shape, options) for name in names}
+    times = {name: [] for name in names}
+    for turn in range(repeats + 1):
+        for name, (module, switch) in built.items():
+            if turn > 2 and sum(times[name]) > seconds * 1e3:
+                continue
+            os.environ["NEIGHBORS_NATIVE"] = switch
+            module.to(device).zero_grad()
+            synchronize(device)
+            start = time.perf_counter()
+            one_pass(module, x, backward)
+            synchronize(device)
+            if turn:  # the first one warms up
+                times[name].append((time.perf_counter() - start) * 1e3)
+    os.environ["NEIGHBORS_NATIVE"] = "1"
+    return {name: sorted(values) for name, values in times.items()}
+
+
+def memory_of(name, shape, options, device):
+    """Peak memory of a forward and backward pass in MiB, in a process of its own."""
+    if device == "cuda":
+        module, switch = build(name, shape, options)
+        os.environ["NEIGHBORS_NATIVE"] = switch
+        x = torch.randn(shape, device=device, requires_grad=True)
+        module.to(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        one_pass(module, x, True)
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    job = json.dumps({"name": name, "shape": shape, "options": options})
+    command = [sys.executable, __file__, "--worker", job, "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return float(done.stdout) if done.returncode == 0 else math.nan
+
+
+def status_mib(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise OSError(field)
+
+
+def worker(job):
+    """Print what a pass adds to the resident memory of this process, at its peak."""
+    shape, options = job["shape"], job["options"]
+    module, switch = build(job["name"], shape, options)
+    os.environ["NEIGHBORS_NATIVE"] = switch
+    small = torch.randn(1, shape[1], 10, 10, requires_grad=True)
+    one_pass(module, small, True)
+    x = torch.randn(shape, requires_grad=True)
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_mib("VmRSS")
+        one_pass(module, x, True)
+        print(status_mib("VmHWM") - before)
+    except OSError:  # not Linux: the high-water mark cannot be set back, only compared
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        one_pass(module, x, True)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / MIB)
+
+
+def summary(times):
+    quarter = len(times) // 4
+    return statistics.median(times), times[quarter], times[-1 - quarter]
+
+
+def measure(label, shape, options, args, repeats):
+    names = [n for n in args.implementations if available(n, shape)]
+    forward = time_case(shape, options, names, args.device, repeats, args.seconds, backward=False)
+    both = time_case(shape, options, names, args.device, repeats, args.seconds)
+    rows = []
+    for name in names:
+        median, low, high = summary(both[name])
+        rows.append(
+            {
+                "case": label,
+                "shape": "x".join(map(str, shape)),
+                "positions": math.prod(shape[2:]),
+                "sampling": options.get("sampling_type", "all"),
+                "implementation": name,
+                "forward_ms": summary(forward[name])[0],
+                "forward_backward_ms": median,
+                "quartile1_ms": low,
+                "quartile3_ms": high,
+                "peak_mib": math.nan
+                if args.no_memory
+                else memory_of(name, shape, options, args.device),
+                "repeats": len(both[name]),
+            }
+        )
+    base = {row["implementation"]: row for row in rows}
+    for row in rows:
+        for key, column in (("speedup", "forward_backward_ms"), ("memory_ratio", "peak_mib")):
+            plain = base.get("plain")
+            row[key] = plain[column] / row[column] if plain and row[column] > 0 else math.nan
+    return rows
+
+
+def number(value, digits=1):
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def print_rows(rows):
+    print(
+        "| case | input | implementation | fwd ms | fwd+bwd ms (quartiles) | x plain | MiB | 1/x |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        spread = f"({number(r['quartile1_ms'])}-{number(r['quartile3_ms'])})"
+        print(
+            f"| {r['case']} | {r['shape']} {r['sampling']} | {r['implementation']} "
+            f"| {number(r['forward_ms'])} | {number(r['forward_backward_ms'])} {spread} "
+            f"| {number(r['speedup'])} | {number(r['peak_mib'], 0)} "
+            f"| {number(r['memory_ratio'])} |",
+            flush=True,
+        )
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    columns = (("forward_backward_ms", "forward + backward, ms"), ("peak_mib", "peak memory, MiB"))
+    for axis, (column, title) in zip(axes, columns, strict=True):
+        for name in IMPLEMENTATIONS:
+            mine = [r for r in rows if r["implementation"] == name and r[column] > 0]
+            axis.loglog([r["positions"] for r in mine], [r[column] for r in mine], "o-", label=name)
+        axis.set(xlabel="positions", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle("One image of 64 channels, K = 9, all positions")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def write_csv(rows, path):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+TRAINED = {
+    "Conv2d": ("Conv2d", {}),
+    "ConvNN all": ("ConvNN", {}),
+    "ConvNN random 64": ("ConvNN", {"sampling_type": "random", "num_samples": 64}),
+    "ConvNN spatial 8": ("ConvNN", {"sampling_type": "spatial", "num_samples": 8}),
+    "ConvNN all, Loc": ("ConvNN", {"similarity_type": "Loc", "magnitude_type": "euclidean"}),
+    "ConvNN all, Loc_Col": ("ConvNN", {"similarity_type": "Loc_Col"}),
+    "ConvNN all, euclidean": ("ConvNN", {"magnitude_type": "euclidean"}),
+    "ConvNN_Attn all": ("ConvNN_Attn", {}),
+    "ConvNN_Attn random 64": ("ConvNN_Attn", {"sampling_type": "random", "num_samples": 64}),
+    "ConvNN_Attn spatial 8": ("ConvNN_Attn", {"sampling_type": "spatial", "num_samples": 8}),
+    "Branching all": ("Branching", {}),
+    "Branching_Attn all": ("Branching_Attn", {}),
+}
+
+
+def train(args):
+    """Training steps of VGG11 on random images of CIFAR-10's size, all layers taking turns."""
+    from models.vgg import VGG
+
+    x = torch.randn(args.batch_size, 3, 32, 32, device=args.device)
+    target = torch.randint(10, (args.batch_size,), device=args.device)
+    runs = {}
+    for name, (layer, options) in TRAINED.items():
+        if args.only and not any(word in name for word in args.only):
+            continue
+        torch.manual_seed(0)
+        builder = partial(LAYERS[layer], **({"K": K} | options if layer != "Conv2d" else {}))
+        if layer == "Conv2d":
+            builder = partial(LAYERS[layer], kernel_size=3)
+        model = VGG(layer=builder).to(args.device)
+        runs[name] = (model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    times = {name: [] for name in runs}
+    for turn in range(args.repeats + 1):
+        for name, (model, optimizer) in runs.items():
+            synchronize(args.device)
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            optimizer.step()
+            synchronize(args.device)
+            if turn:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    base = statistics.median(times["Conv2d"])
+    rows = []
+    print(f"VGG11, batch {args.batch_size}, one training step (forward, backward, SGD)")
+    print("| layer | ms (quartiles) | x Conv2d |")
+    print("|---|---|---|")
+    for name, values in times.items():
+        median, low, high = summary(sorted(values))
+        print(f"| {name} | {median:.0f} ({low:.0f}-{high:.0f}) | {median / base:.2f} |")
+        rows.append(
+            {"layer": name, "ms": median, "quartile1_ms": low, "quartile3_ms": high}
+            | {"ratio": median / base, "repeats": len(values), "batch_size": args.batch_size}
+        )
+    return rows
+
+
+def describe(args):
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    if Path("/proc/cpuinfo").exists() and args.device == "cpu":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    print(
+        f"{args.device}: {name}; {torch.get_num_threads()} threads; torch {torch.__version__}; "
+        f"Python {platform.python_version()}; kernels {native.status()}; K = {K}, cosine, "
+        f"padding 1, float32; medians of up to {args.repeats} repeats"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", default=["cases", "scaling"], help="cases scaling")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument(
+        "--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS
+    )
+    parser.add_argument("--train", action="store_true", help="time training steps of VGG11")
+    parser.add_argument("--only", nargs="*", help="with --train: layers whose name has this word")
+    parser.add_argument("--batch_size", type=int, default=64, help="of --train")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=4.0, help="most for one line")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--no_memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--output_dir", default=str(ROOT / "Output" / "bench_layers"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.worker:
+        return worker(json.loads(args.worker))
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    describe(args)
+    if args.train:
+        return write_csv(train(args), out / "train.csv")
+    if "cases" in args.parts:
+        rows = []
+        for label in args.cases:
+            options = dict(CASES[label])
+            rows += measure(label, options.pop("shape"), options, args, args.repeats)
+        print_rows(rows)
+        write_csv(rows, out / "cases.csv")
+    if "scaling" in args.parts:
+        rows = []
+        for side in SCALING_SIDES:
+            rows += measure("scaling", (1, 64, side, side), {}, args, min(5, args.repeats))
+        print_rows(rows)
+        write_csv(rows, out / "scaling.csv")
+        draw(rows, out / "scaling.png")
+    return None
+
+
+if __name__ == "__main__":
+    main()
