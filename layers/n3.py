@@ -25,11 +25,11 @@ from layers.patches import (
     PatchGrid,
     TileIndices,
     WindowTiles,
-    _patch_norms,
-    _tile_bytes,
     aggregate_part,
     aggregate_tiles,
     distances_of_part,
+    patch_norms,
+    tile_bytes,
     tile_distances,
 )
 
@@ -52,44 +52,75 @@ SATURATION = (
 )  # 1 - w below this counts as 0, as it does when the formula is evaluated in float64
 
 
-def _relax_forward(alpha: Tensor, K: int, saturation: float) -> Tensor:
-    """Run the K rounds on logits (R, O), which are used up; returns weights (K, R, O).
+CHUNK_ROWS = 2**16  # numbers of a chunk in the rounds: small enough to stay in cache
+
+
+def _rounds_by_products(logits: Tensor, weights: Tensor) -> bool:
+    """Run the rounds on exp(α) instead of α; says whether the numbers had the range for it.
+
+    With u = exp(α) and s its sum, w = u / s and u becomes u·(1 - w): no exponential or logarithm
+    but the first, in float64 so that 1 - w keeps its digits. Where the gap to the K-th nearest is
+    beyond float32, the last sum nears 0 and the caller takes the way of logarithms.
+    """
+    first = torch.softmax(logits, -1)
+    weights[:, 0] = first
+    u = first.double()
+    w = torch.empty_like(u)
+    total = u.sum(-1, keepdim=True)
+    for j in range(1, weights.shape[1]):
+        torch.div(u, total, out=w)
+        u.addcmul_(u, w, value=-1)
+        total = u.sum(-1, keepdim=True)
+        weights[:, j] = torch.div(u, total, out=w)
+    return bool(total.min() > 1e-30)
+
+
+def _rounds_by_logs(logits: Tensor, weights: Tensor, saturation: float) -> None:
+    """Run the rounds on α, at any temperature.
 
     At most one weight of a row can be near 1. For it 1 - w is the sum of the others, which keeps
     full relative precision where the subtraction would have none.
     """
-    weights = alpha.new_empty(K, *alpha.shape)
-    for j in range(K):
+    alpha = logits
+    for j in range(weights.shape[1]):
         w = torch.softmax(alpha, -1)
-        weights[j] = w
-        if j == K - 1:
-            break
+        weights[:, j] = w
         top = w.argmax(-1, keepdim=True)
-        change = w.neg_().scatter_(-1, top, 0.0)
+        change = (-w).scatter(-1, top, 0.0)
         rest = -change.sum(-1, keepdim=True)  # 1 - the largest weight
         gone = torch.where(rest > saturation, rest, 0.0).log()  # -inf: removed for good
-        alpha += change.log1p_().scatter_(-1, top, gone)
+        alpha = alpha + change.log1p().scatter(-1, top, gone)
+
+
+def _relax_forward(logits: Tensor, K: int, saturation: float) -> Tensor:
+    """Weights (R, K, O) of logits (R, O)."""
+    weights = logits.new_empty(logits.shape[0], K, logits.shape[1])
+    fast = logits.device.type == "cpu" and logits.dtype == torch.float32
+    # It looks at numbers to decide, which a compiled graph cannot.
+    fast = fast and saturation == SATURATION and not torch.compiler.is_compiling()
+    step = max(1, CHUNK_ROWS // logits.shape[1]) if fast else max(1, logits.shape[0])
+    for i in range(0, logits.shape[0], step):
+        rows, out = logits[i : i + step], weights[i : i + step]
+        if not (fast and _rounds_by_products(rows, out)):
+            _rounds_by_logs(rows, out, saturation)
     return weights
 
 
 def _relax_backward(weights: Tensor, grad: Tensor) -> Tensor:
-    """Gradient (R, O) of the logits from weights and their gradient (K, R, O)."""
-    total = torch.zeros_like(weights[0])  # gradient of α^{j+1}
-    for w, gw in zip(reversed(weights.unbind(0)), reversed(grad.unbind(0)), strict=True):
-        # For all but the largest: dα_i/dlog w_i = -w_i / (1 - w_i), with 1 - w_i >= 1/2.
-        top = w.argmax(-1, keepdim=True)
-        others = w.scatter(-1, top, 0.0)
-        rest = others.sum(-1, keepdim=True)
-        at_top = w.gather(-1, top)
-        total_top = total.gather(-1, top)
-        direct = gw - total.div(1 - others).scatter_(-1, top, 0.0)
-        direct *= w
+    """Gradient (R, O) of the logits from weights and their gradient (R, K, O).
+
+    Of α_i + log(1 - w_i) the slope is 1 - w_i for i itself, and w_i w_k / (1 - w_i) for another k.
+    Where w_i nears 1, 1 - w_i is taken as the sum of the other weights: w_k over it is at most 1.
+    """
+    total = torch.zeros_like(weights[:, 0])  # gradient of α of the round after
+    for w, gw in zip(reversed(weights.unbind(1)), reversed(grad.unbind(1)), strict=True):
+        minus = F.threshold(-w, -0.75, 0.0)  # -w, but 0 for the weight that is near 1
+        near = w + minus  # that weight alone
+        direct = (gw * w).addcmul_(minus, total / (1 + minus))
+        pull = total * near
         slope = direct.sum(-1, keepdim=True)
-        # The largest: w_k / (1 - w_top) <= 1, so the factor below is tame once w_k is on it.
-        pull = total_top * at_top / rest.clamp(min=1e-30)
-        new_top = total_top * (1 - at_top) + direct.gather(-1, top) - at_top * slope
-        total = total + direct
-        total.addcmul_(w, pull - slope).scatter_(-1, top, new_top)
+        share = pull.sum(-1, keepdim=True) / minus.sum(-1, keepdim=True).clamp_(max=-1e-30)
+        total = (total + direct).addcmul_(w, slope, value=-1).addcmul_(minus, share).sub_(pull)
     return total
 
 
@@ -98,14 +129,18 @@ class _RelaxedSelection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, K: int, saturation: float) -> Tensor:
-        weights = _relax_forward(logits.clone(), K, saturation)
+        weights = _relax_forward(logits, K, saturation)
         ctx.save_for_backward(weights)
         return weights
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
-        return _relax_backward(weights, grad), None, None
+        out = torch.empty_like(weights[:, 0])
+        step = max(1, CHUNK_ROWS // max(1, weights.shape[2]))
+        for i in range(0, len(out), step):
+            out[i : i + step] = _relax_backward(weights[i : i + step], grad[i : i + step])
+        return out, None, None
 
 
 def relaxed_selection(logits: Tensor, K: int, saturation: float = SATURATION) -> Tensor:
@@ -119,7 +154,7 @@ def relaxed_selection(logits: Tensor, K: int, saturation: float = SATURATION) ->
             plain float32 evaluation does.
 
     Returns:
-        Weights (K, …, O) in float32 (float64 for float64 logits); every row sums to 1.
+        Weights (…, K, O) in float32 (float64 for float64 logits); every row sums to 1.
     """
     if K < 1:
         raise ValueError(f"K must be at least 1, got {K}.")
@@ -131,8 +166,8 @@ def relaxed_selection(logits: Tensor, K: int, saturation: float = SATURATION) ->
     if torch.is_grad_enabled() and rows.requires_grad:
         weights = _RelaxedSelection.apply(rows, K, saturation)
     else:
-        weights = _relax_forward(rows.clone(), K, saturation)
-    return weights.view(K, *logits.shape)
+        weights = _relax_forward(rows, K, saturation)
+    return weights.view(*logits.shape[:-1], K, logits.shape[-1])
 
 
 class NeuralNearestNeighbors(nn.Module):
@@ -187,40 +222,39 @@ class NeuralNearestNeighbors(nn.Module):
         self,
         distances: Tensor,
         log_temp: Tensor | None = None,
-        mask: Tensor | None = None,
+        barred: Tensor | None = None,
         counted: Tensor | None = None,
     ) -> Tensor:
-        """Scaled negative distances (…, O); -inf where the mask is False."""
+        """Scaled negative distances (…, O), `barred` added."""
         distances = distances if distances.dtype == torch.float64 else distances.float()
         if self.log_temp is not None:
             log_temp = self.log_temp
         if log_temp is None:
-            inverse = distances.new_tensor(math.exp(-self.log_bias))
+            inverse = distances.new_tensor([-math.exp(-self.log_bias)])
         else:
-            inverse = torch.exp(-(log_temp.to(distances.dtype) + self.log_bias))[..., None]
+            log_temp = log_temp.to(distances.dtype) + self.log_bias
+            inverse = -torch.exp(-log_temp)[..., None]
         if self.bn is not None:
-            inverse = inverse * self._gain(distances, mask if counted is None else counted)
-        logits = -distances * inverse
-        return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+            if counted is None and barred is not None:
+                counted = barred.exp()
+            inverse = inverse * self._gain(distances, counted)
+        return distances * inverse if barred is None else torch.addcmul(barred, distances, inverse)
 
     def _gain(self, distances: Tensor, counted: Tensor | None) -> Tensor:
         """Slope of the batch norm (1,) over counted distances; updates running statistics."""
         bn = self.bn
         if self.needs_all:
             if counted is None:
-                number = distances.numel()
+                number = torch.tensor(distances.numel(), device=distances.device)
                 var, mean = torch.var_mean(distances, correction=0)
             else:
-                repeats = distances.numel() // counted.numel()
-                number = counted.sum() * repeats
-                mean = torch.where(counted, distances, 0.0).sum() / number
-                var = torch.where(counted, distances - mean, 0.0).square().sum() / number
+                number = counted.sum() * (distances.numel() // counted.numel())
+                mean = (distances * counted).sum() / number
+                var = ((distances - mean).square() * counted).sum() / number
             if bn.training and bn.running_var is not None:
                 with torch.no_grad():
                     bn.num_batches_tracked += 1
-                    share = bn.momentum
-                    if share is None:
-                        share = 1.0 / bn.num_batches_tracked.item()
+                    share = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
                     unbiased = var.detach() * (number / (number - 1))
                     bn.running_mean.lerp_(-mean.detach().to(bn.running_mean), share)
                     bn.running_var.lerp_(unbiased.to(bn.running_var), share)
@@ -233,7 +267,7 @@ class NeuralNearestNeighbors(nn.Module):
         self,
         distances: Tensor,
         log_temp: Tensor | None = None,
-        mask: Tensor | None = None,
+        barred: Tensor | None = None,
         counted: Tensor | None = None,
     ) -> Tensor:
         """Relax the choice of the K nearest.
@@ -241,15 +275,16 @@ class NeuralNearestNeighbors(nn.Module):
         Args:
             distances: Squared distances (…, O), >= 0.
             log_temp: Log temperature (…), where it is external; None means 0.
-            mask: Candidates that may be chosen (…, O), broadcast from the left.
-            counted: Candidates that enter the statistics, where these differ from `mask`.
+            barred: -inf for candidates that may not be chosen, else 0 (…, O), broadcast from the
+                left.
+            counted: 1 for candidates that enter the statistics, else 0; None: all not barred.
 
         Returns:
             Weights (…, K, O) in float32 (float64 for float64 input).
         """
         with torch.autocast(distances.device.type, enabled=False):
-            logits = self.logits(distances, log_temp, mask, counted)
-            return relaxed_selection(logits, self.K, self.saturation).movedim(0, -2)
+            logits = self.logits(distances, log_temp, barred, counted)
+            return relaxed_selection(logits, self.K, self.saturation)
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -276,14 +311,15 @@ class HardNeighbors(nn.Module):
         self,
         distances: Tensor,
         log_temp: Tensor | None = None,
-        mask: Tensor | None = None,
+        barred: Tensor | None = None,
         counted: Tensor | None = None,
     ) -> Tensor:
         """Squared distances (…, O) -> weights (…, K, O); `log_temp`, `counted` have no effect."""
-        if mask is not None:
-            distances = distances.masked_fill(~mask, torch.inf)
-        nearest = distances.detach().topk(self.K, dim=-1, largest=False).indices
-        out = distances.new_zeros(self.K, *distances.shape).movedim(0, -2)
+        distances = distances.detach()
+        if barred is not None:
+            distances = distances - barred
+        nearest = distances.topk(self.K, dim=-1, largest=False).indices
+        out = distances.new_zeros(*distances.shape[:-1], self.K, distances.shape[-1])
         return out.scatter_(-1, nearest[..., None], 1.0)
 
     def extra_repr(self) -> str:
@@ -320,12 +356,12 @@ class ConcreteNeighbors(nn.Module):
         self,
         distances: Tensor,
         log_temp: Tensor | None = None,
-        mask: Tensor | None = None,
+        barred: Tensor | None = None,
         counted: Tensor | None = None,
     ) -> Tensor:
         """Squared distances (…, O) -> weights (…, K, O)."""
         with torch.autocast(distances.device.type, enabled=False):
-            alpha = self.scale.logits(distances, log_temp, mask, counted)
+            alpha = self.scale.logits(distances, log_temp, barred, counted)
             inverse = torch.exp(-self.log_annealing)
             out = []
             for _ in range(self.K):
@@ -558,37 +594,40 @@ class N3Aggregation2d(nn.Module):
             matched = grid.to_blocks(features)
             if log_temp is not None:
                 log_temp = self.patch_temperatures(grid.pad(log_temp.to(full)), grid)
-            tiles = WindowTiles(grid.rows, grid.cols, self.window, grid.ratio, values.device)
-            nnn = self.aggregation.nnn
-            if torch.is_grad_enabled() or nnn.needs_all:
+            tiles = WindowTiles(grid.rows, grid.cols, self.window, grid.ratio, values.device, full)
+            if torch.is_grad_enabled() or self.aggregation.nnn.needs_all:
                 distances = tile_distances(matched, tiles)  # (B, T, p, q, u, v)
                 weights = self._select(distances, log_temp, tiles.part(0, tiles.count))
-                sums = aggregate_tiles(weights, blocks, tiles)
+                sums = aggregate_tiles(weights, blocks, tiles)  # (B, G, K, F)
             else:
                 sums = self._stream(matched, blocks, log_temp, tiles)
             return grid.from_blocks(sums, c).to(values.dtype)
 
     def _select(self, distances: Tensor, log_temp: Tensor | None, part: TileIndices) -> Tensor:
-        """Weights (K, B, T, p, q, u, v) from distances (B, T, p, q, u, v) of some tiles."""
-        mask = part.inside.flatten(-2)
-        counted = mask if part.fresh is None else mask & part.fresh[..., None]
+        """Weights (B, T, p, q, K, u, v) from distances (B, T, p, q, u, v) of some tiles."""
+        barred, counted = part.barred.flatten(-2), None
+        if part.fresh is not None and self.aggregation.nnn.needs_all:
+            counted = barred.exp() * part.fresh[..., None]
         if log_temp is not None:
             log_temp = log_temp[:, part.query]
-        weights = self.aggregation.nnn(distances.flatten(-2), log_temp, mask, counted)
-        return weights.movedim(-2, 0).unflatten(-1, distances.shape[-2:])
+        weights = self.aggregation.nnn(distances.flatten(-2), log_temp, barred, counted)
+        return weights.unflatten(-1, distances.shape[-2:])
 
     def _stream(
         self, matched: Tensor, blocks: Tensor, log_temp: Tensor | None, tiles: WindowTiles
     ) -> Tensor:
-        """Sums (B, K, G, F), some tiles at a time; for inference."""
+        """Sums (B, G, K, F), some tiles at a time; for inference."""
         K = self.aggregation.nnn.K
-        out = blocks.new_zeros(blocks.shape[0], K, *blocks.shape[1:])
-        norms = _patch_norms(matched, tiles.grid, tiles.ratio)
-        for i, j in tiles.chunks(_tile_bytes(tiles, blocks, 2 * K)):
+        b, g, f = blocks.shape
+        out = blocks.new_zeros(b, g, K * f)
+        norms = patch_norms(matched, tiles.grid, tiles.ratio)
+        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * K)):
             part = tiles.part(i, j)
-            distances = distances_of_part(matched, norms, part, tiles.ratio)
-            aggregate_part(self._select(distances, log_temp, part), blocks, part, tiles.ratio, out)
-        return out
+            distances = distances_of_part(matched[s], norms[s], part, tiles.ratio)
+            here = None if log_temp is None else log_temp[s]
+            weights = self._select(distances, here, part)
+            aggregate_part(weights, blocks[s], part, tiles.ratio, out[s])
+        return out.view(b, g, K, f)
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -657,14 +696,27 @@ class _NonlocalBlock(nn.Module):
             matched = x if self.embedcnn is None else self.embedcnn(x)
         log_temp = None if self.tempcnn is None else self.tempcnn(x)
         z = self.n3aggregation(x, matched, log_temp, pad_start)
+        return _JoinVolumes.apply(x, z)
+
+
+class _JoinVolumes(torch.autograd.Function):
+    """x (B, C, H, W) beside the volumes (B, K·C, H, W) minus x, without temporary copies."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, z: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        z = z.view(b, self.volumes, c, height, width)
-        if torch.is_grad_enabled():
-            return torch.cat((x, (z - x[:, None]).flatten(1, 2)), 1)
-        out = x.new_empty(b, (self.volumes + 1) * c, height, width)
+        ctx.volumes = z.shape[1] // c
+        out = x.new_empty(b, c + z.shape[1], height, width)
         out[:, :c] = x
-        torch.sub(z, x[:, None], out=out[:, c:].unflatten(1, (self.volumes, c)))
+        z = z.unflatten(1, (ctx.volumes, c))
+        torch.sub(z, x[:, None], out=out[:, c:].unflatten(1, (ctx.volumes, c)))
         return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        c = grad.shape[1] // (ctx.volumes + 1)
+        grad_z = grad[:, c:]
+        return grad[:, :c] - grad_z.unflatten(1, (ctx.volumes, c)).sum(1), grad_z
 
 
 class N3Block(_NonlocalBlock):

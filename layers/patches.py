@@ -136,18 +136,23 @@ class PatchGrid:
         return (down[:, None] * across).flatten()
 
     def from_blocks(self, y: Tensor, channels: int) -> Tensor:
-        """Average summed volumes (B, K, G, F) into images (B, K·channels, height, width)."""
-        b, k = y.shape[:2]
+        """Average summed volumes (B, G, K, F) into images (B, K·channels, height, width)."""
+        b, g, k, f = y.shape
         height, width = self.padded
         top, _, left, _ = self.pads
-        count = self.counts(y.device, y.dtype)
+        scale = 1 / self.counts(y.device, y.dtype)
         if self.patch % self.stride:
-            columns = y.transpose(2, 3).reshape(b, k * y.shape[3], y.shape[2])
-            images = F.fold(columns, (height, width), self.patch, stride=self.stride) / count
+            columns = y.permute(0, 2, 3, 1).reshape(b, k * f, g)
+            images = F.fold(columns, (height, width), self.patch, stride=self.stride) * scale
         else:
             s, g1, g2 = self.stride, self.block_rows, self.block_cols
-            y = (y / count[:, None]).view(b, k, g1, g2, channels, s, s)
-            images = y.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, k * channels, height, width)
+            y = y.view(b, g1, g2, k, channels, s, s).permute(0, 3, 4, 1, 5, 2, 6)
+            scale = scale.view(g1, 1, g2, 1)
+            if torch.is_grad_enabled() and y.requires_grad:
+                images = (y * scale).reshape(b, k * channels, height, width)
+            else:  # one pass, into the layout of images
+                images = y.new_empty(b, k * channels, height, width)
+                torch.mul(y, scale, out=images.view(b, k, channels, g1, s, g2, s))
         return images[:, :, top : top + self.height, left : left + self.width]
 
 
@@ -176,65 +181,105 @@ class WindowTiles:
             smaller.
         ratio: Blocks along the side of a patch.
         device: Where the index tensors live.
+        dtype: Type of distances.
     """
 
-    def __init__(self, rows: int, cols: int, window: int, ratio: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        window: int,
+        ratio: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.ratio = ratio
         self.grid = (rows, cols)
         self.window = (min(window, rows), min(window, cols))
-        axes = []
-        for n, size in zip(self.grid, self.window, strict=True):
-            q0, k0, t, keys = _axis_tiles(n, size, ratio)
-            first = torch.tensor(q0, device=device)[:, None]
-            query = first + torch.arange(t, device=device)
-            key = torch.tensor(k0, device=device)[:, None] + torch.arange(keys, device=device)
-            start = (query - size // 2).clamp(0, n - size)[:, :, None]
-            inside = (key[:, None] >= start) & (key[:, None] < start + size)
-            turn = torch.arange(len(q0), device=device)[:, None] * t
-            axes.append((query, key, inside, query >= turn, q0))
-        (self._query_r, self._key_r, self._in_r, self._fresh_r, first_r) = axes[0]
-        (self._query_c, self._key_c, self._in_c, self._fresh_c, first_c) = axes[1]
-        self.count = len(first_r) * len(first_c)
-        self.has_repeats = rows % self._query_r.shape[1] != 0 or cols % self._query_c.shape[1] != 0
-        self.query_shape = (self._query_r.shape[1], self._query_c.shape[1])
-        self.key_shape = (self._key_r.shape[1], self._key_c.shape[1])
+        self.axes = [
+            _Axis(n, size, ratio, device, dtype)
+            for n, size in zip(self.grid, self.window, strict=True)
+        ]
+        down, across = self.axes
+        self.count = down.count * across.count
+        self.has_repeats = down.has_repeats or across.has_repeats
+        self.query_shape = (down.query.shape[1], across.query.shape[1])
+        self.key_shape = (down.key.shape[1], across.key.shape[1])
         tile = torch.arange(self.count, device=device)
-        self._r = tile // len(first_c)
-        self._c = tile % len(first_c)
-
-    def _index(self, r: Tensor, c: Tensor, extra: int, cols: int) -> Tensor:
-        """Flat positions of rows r (T, ·) and columns c (T, ·), each continued by `extra`."""
-        if extra:
-            more = torch.arange(1, extra + 1, device=r.device)
-            r = torch.cat((r, r[:, -1:] + more), 1)
-            c = torch.cat((c, c[:, -1:] + more), 1)
-        return r[:, :, None] * cols + c[:, None]
+        self._r, self._c = tile // across.count, tile % across.count
 
     def part(self, start: int, stop: int) -> TileIndices:
         """Index tensors of tiles start … stop - 1."""
         r, c = self._r[start:stop], self._c[start:stop]
-        query_r, query_c = self._query_r[r], self._query_c[c]
-        key_r, key_c = self._key_r[r], self._key_c[c]
+        down, across = self.axes
         more, cols = self.ratio - 1, self.grid[1]
-        query = self._index(query_r, query_c, 0, cols)
-        key = self._index(key_r, key_c, 0, cols)
-        inside = self._in_r[r][:, :, None, :, None] & self._in_c[c][:, None, :, None, :]
-        inside = inside & (query[:, :, :, None, None] != key[:, None, None])
-        fresh = self._fresh_r[r][:, :, None] & self._fresh_c[c][:, None]
+        barred = down.barred[r][:, :, None, :, None] + across.barred[c][:, None, :, None]
+        own = down.own[r][:, :, None] * self.key_shape[1] + across.own[c][:, None]
+        barred.flatten(3).scatter_(3, own[..., None], -torch.inf)
+        fresh = None
+        if self.has_repeats:
+            fresh = down.fresh[r][:, :, None] * across.fresh[c][:, None]
         return TileIndices(
-            query=query,
-            key=key,
-            query_blocks=self._index(query_r, query_c, more, cols + more),
-            key_blocks=self._index(key_r, key_c, more, cols + more),
-            inside=inside,
-            fresh=fresh if self.has_repeats else None,
+            query=_positions(down.query[r], across.query[c], 0, cols),
+            key=_positions(down.key[r], across.key[c], 0, cols),
+            query_blocks=_positions(down.query[r], across.query[c], more, cols + more),
+            key_blocks=_positions(down.key[r], across.key[c], more, cols + more),
+            barred=barred,
+            fresh=fresh,
             whole=self.count == 1,
         )
 
-    def chunks(self, bytes_per_tile: int, budget: int = CHUNK_BYTES) -> list[tuple[int, int]]:
-        """Ranges of tiles which stay within the byte budget, at least one tile each."""
-        step = max(1, min(self.count, budget // max(1, bytes_per_tile)))
-        return [(i, min(i + step, self.count)) for i in range(0, self.count, step)]
+    def chunks(self, batch: int, bytes_per_tile: int) -> list[tuple[slice, int, int]]:
+        """Cut batch × tiles into pieces within the byte budget: samples, first and last tile."""
+        fits = max(1, CHUNK_BYTES // max(1, bytes_per_tile))
+        if fits < self.count:
+            samples, step = 1, fits
+        else:
+            samples, step = max(1, fits // self.count), self.count
+        return [
+            (slice(b, min(b + samples, batch)), i, min(i + step, self.count))
+            for i in range(0, self.count, step)
+            for b in range(0, batch, samples)
+        ]
+
+
+class _Axis:
+    """Tiles along one axis of n patches.
+
+    Attributes:
+        query: Patches that ask (tiles, p).
+        key: Patches that answer (tiles, u).
+        barred: 0 where a key lies in the window of a query, -inf elsewhere (tiles, p, u).
+        own: Place of a query among the keys (tiles, p).
+        fresh: 1 where a query belongs to no earlier tile, else 0 (tiles, p).
+    """
+
+    def __init__(
+        self, n: int, size: int, ratio: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        first_query, first_key, t, keys = _axis_tiles(n, size, ratio)
+        self.count = len(first_query)
+        self.has_repeats = n % t != 0
+        query = torch.tensor(first_query, device=device)[:, None]
+        key = torch.tensor(first_key, device=device)[:, None]
+        self.query = query + torch.arange(t, device=device)
+        self.key = key + torch.arange(keys, device=device)
+        start = (self.query - size // 2).clamp(0, n - size)[:, :, None]
+        inside = (self.key[:, None] >= start) & (self.key[:, None] < start + size)
+        self.barred = torch.zeros(inside.shape, device=device, dtype=dtype)
+        self.barred.masked_fill_(~inside, -torch.inf)
+        self.own = self.query - key
+        turn = torch.arange(self.count, device=device)[:, None] * t
+        self.fresh = (self.query >= turn).to(dtype)
+
+
+def _positions(r: Tensor, c: Tensor, more: int, cols: int) -> Tensor:
+    """Flat positions of rows r (T, ·) and columns c (T, ·), each continued by `more`."""
+    if more:
+        further = torch.arange(1, more + 1, device=r.device)
+        r = torch.cat((r, r[:, -1:] + further), 1)
+        c = torch.cat((c, c[:, -1:] + further), 1)
+    return r[:, :, None] * cols + c[:, None]
 
 
 @dataclass(frozen=True)
@@ -246,8 +291,9 @@ class TileIndices:
         key: Patches that answer (T, u, v).
         query_blocks: Blocks of the queries (T, a, b).
         key_blocks: Blocks of the keys (T, c, d).
-        inside: Which keys lie in the window of a query, itself excluded (T, p, q, u, v).
-        fresh: Which queries are not answered by an earlier tile (T, p, q), or None: all.
+        barred: 0 where a key is a candidate of a query, -inf elsewhere (T, p, q, u, v); a query is
+            no candidate of its own.
+        fresh: 1 for queries that no earlier tile answers, else 0 (T, p, q); None: 1 for all.
         whole: The one tile is the whole grid, in order.
     """
 
@@ -255,7 +301,7 @@ class TileIndices:
     key: Tensor
     query_blocks: Tensor
     key_blocks: Tensor
-    inside: Tensor
+    barred: Tensor
     fresh: Tensor | None
     whole: bool
 
@@ -266,45 +312,86 @@ class TileIndices:
         b, _, f = rows.shape
         return rows.index_select(1, index.flatten()).view(b, index.shape[0], -1, f)
 
+    def put(self, out: Tensor, index: Tensor, rows: Tensor) -> None:
+        """Add rows of each tile (B, T, n, F) to `out` (B, N, F)."""
+        if self.whole:
+            out += rows[:, 0]
+        else:
+            out.index_add_(1, index.flatten(), rows.reshape(out.shape[0], -1, out.shape[-1]))
+
+
+# In what follows, products have the shape (…, queries down, queries across, K, keys down, keys
+# across): axes -5 and -2 move together down the image, -4 and -1 across.
+
+
+def _diagonal_sum(x: Tensor, axis: int, ratio: int) -> Tensor:
+    """Sum `ratio` diagonal steps of axes `axis` and `axis` + 3."""
+    n, m = x.shape[axis] - ratio + 1, x.shape[axis + 3] - ratio + 1
+    parts = [x.narrow(axis, i, n).narrow(axis + 3, i, m) for i in range(ratio)]
+    out = parts[0] + parts[1]
+    for part in parts[2:]:
+        out += part
+    return out
+
 
 def diagonal_sum(x: Tensor, ratio: int) -> Tensor:
-    """Sum r × r diagonal steps: (…, a, b, c, d) -> (…, p, q, u, v), p = a - r + 1 and so on."""
+    """Sum r × r diagonal steps: (…, a, b, K, c, d) -> (…, p, q, K, u, v) with p = a - r + 1."""
     if ratio == 1:
         return x
-    a, b, c, d = x.shape[-4:]
-    p, q, u, v = a - ratio + 1, b - ratio + 1, c - ratio + 1, d - ratio + 1
-    rows = x[..., :p, :, :u, :] + x[..., 1 : p + 1, :, 1 : u + 1, :]
-    for i in range(2, ratio):
-        rows += x[..., i : p + i, :, i : u + i, :]
-    out = rows[..., :q, :, :v] + rows[..., 1 : q + 1, :, 1 : v + 1]
-    for i in range(2, ratio):
-        out += rows[..., i : q + i, :, i : v + i]
+    return _diagonal_sum(_diagonal_sum(x, -5, ratio), -4, ratio)
+
+
+def _diagonal_spread(x: Tensor, axis: int, ratio: int) -> Tensor:
+    """Adjoint of `_diagonal_sum`."""
+    shape = list(x.shape)
+    n, m = shape[axis], shape[axis + 3]
+    shape[axis] += ratio - 1
+    shape[axis + 3] += ratio - 1
+    if ratio != 2:
+        out = x.new_zeros(shape)
+        for i in range(ratio):
+            out.narrow(axis, i, n).narrow(axis + 3, i, m).add_(x)
+        return out
+    # Each number is written once: sums inside, copies and zeros along the edges.
+    out = x.new_empty(shape)
+
+    def at(t: Tensor, i: int, rows: int, j: int, cols: int) -> Tensor:
+        return t.narrow(axis, i, rows).narrow(axis + 3, j, cols)
+
+    at(out, 0, 1, 0, m).copy_(at(x, 0, 1, 0, m))
+    at(out, 0, 1, m, 1).zero_()
+    at(out, n, 1, 1, m).copy_(at(x, n - 1, 1, 0, m))
+    at(out, n, 1, 0, 1).zero_()
+    if n > 1:
+        inner = at(out, 1, n - 1, 1, m - 1)
+        torch.add(at(x, 1, n - 1, 1, m - 1), at(x, 0, n - 1, 0, m - 1), out=inner)
+        at(out, 1, n - 1, 0, 1).copy_(at(x, 1, n - 1, 0, 1))
+        at(out, 1, n - 1, m, 1).copy_(at(x, 0, n - 1, m - 1, 1))
     return out
 
 
 def diagonal_spread(x: Tensor, ratio: int) -> Tensor:
-    """Adjoint of `diagonal_sum`: (…, p, q, u, v) -> (…, a, b, c, d), always contiguous."""
+    """Adjoint of `diagonal_sum`: (…, p, q, K, u, v) -> (…, a, b, K, c, d), contiguous."""
     if ratio == 1:
         return x.contiguous()
-    *lead, p, q, u, v = x.shape
-    a, b, c, d = p + ratio - 1, q + ratio - 1, u + ratio - 1, v + ratio - 1
-    rows = x.new_zeros(*lead, a, q, c, v)
-    rows[..., :p, :, :u, :] = x
-    for i in range(1, ratio):
-        rows[..., i : p + i, :, i : u + i, :] += x
-    out = x.new_zeros(*lead, a, b, c, d)
-    out[..., :q, :, :v] = rows
-    for i in range(1, ratio):
-        out[..., i : q + i, :, i : v + i] += rows
-    return out
+    return _diagonal_spread(_diagonal_spread(x, -5, ratio), -4, ratio)
 
 
-def _patch_norms(blocks: Tensor, grid: tuple[int, int], ratio: int) -> Tensor:
+def patch_norms(blocks: Tensor, grid: tuple[int, int], ratio: int) -> Tensor:
     """Squared norms (B, M) of patches from blocks (B, G, F)."""
-    rows, cols = grid[0] + ratio - 1, grid[1] + ratio - 1
-    norms = blocks.square().sum(-1).view(-1, rows, cols)
-    total = norms.unfold(1, ratio, 1).unfold(2, ratio, 1).sum((-1, -2)) if ratio > 1 else norms
-    return total.flatten(1)
+    norms = blocks.square().sum(-1).view(-1, grid[0] + ratio - 1, grid[1] + ratio - 1)
+    if ratio > 1:
+        norms = F.avg_pool2d(norms[:, None], ratio, stride=1, divisor_override=1)
+    return norms.flatten(1)
+
+
+def tile_bytes(tiles: WindowTiles, rows: Tensor, matrices: int) -> int:
+    """Bytes of `matrices` products of one tile of one sample, and of its gathered keys."""
+    more = tiles.ratio - 1
+    query = math.prod(n + more for n in tiles.query_shape)
+    key = math.prod(n + more for n in tiles.key_shape)
+    gathered = 0 if tiles.count == 1 else key * rows.shape[-1]
+    return rows.element_size() * (matrices * query * key + gathered)
 
 
 def distances_of_part(blocks: Tensor, norms: Tensor, part: TileIndices, ratio: int) -> Tensor:
@@ -312,10 +399,9 @@ def distances_of_part(blocks: Tensor, norms: Tensor, part: TileIndices, ratio: i
     b = blocks.shape[0]
     t, n1, n2 = part.query_blocks.shape
     _, k1, k2 = part.key_blocks.shape
-    query = part.take(blocks, part.query_blocks)
-    key = part.take(blocks, part.key_blocks)
-    products = torch.matmul(query * -2, key.transpose(-1, -2))  # (B, T, ab, cd)
-    out = diagonal_sum(products.view(b, t, n1, n2, k1, k2), ratio)
+    query = part.take(blocks, part.query_blocks) * -2
+    products = torch.matmul(query, part.take(blocks, part.key_blocks).transpose(-1, -2))
+    out = diagonal_sum(products.view(b, t, n1, n2, 1, k1, k2), ratio).squeeze(-3)
     out += norms[:, part.query][..., None, None]
     out += norms[:, part.key][:, :, None, None]
     return out.clamp_(min=0)
@@ -326,54 +412,39 @@ class _TileDistances(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, blocks: Tensor, tiles: WindowTiles) -> Tensor:
-        norms = _patch_norms(blocks, tiles.grid, tiles.ratio)
         ctx.save_for_backward(blocks)
         ctx.tiles = tiles
-        parts = [
-            distances_of_part(blocks, norms, tiles.part(i, j), tiles.ratio)
-            for i, j in tiles.chunks(_tile_bytes(tiles, blocks, 2))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        norms = patch_norms(blocks, tiles.grid, tiles.ratio)
+        b = blocks.shape[0]
+        out = blocks.new_empty(b, tiles.count, *tiles.query_shape, *tiles.key_shape)
+        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2)):
+            part = tiles.part(i, j)
+            out[s, i:j] = distances_of_part(blocks[s], norms[s], part, tiles.ratio)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (blocks,) = ctx.saved_tensors
         tiles: WindowTiles = ctx.tiles
-        b, g, f = blocks.shape
-        ratio = tiles.ratio
+        b, g, _ = blocks.shape
         out = torch.zeros_like(blocks)
-        norms = blocks.new_zeros(b, tiles.grid[0] * tiles.grid[1])  # gradient of the squared norms
-        for i, j in tiles.chunks(_tile_bytes(tiles, blocks, 2)):
+        norms = blocks.new_zeros(b, math.prod(tiles.grid))  # gradient of the squared norms
+        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2)):
             part = tiles.part(i, j)
-            here = grad[:, i:j]
-            norms.index_add_(1, part.query.flatten(), here.sum((-1, -2)).flatten(1))
-            norms.index_add_(1, part.key.flatten(), here.sum((2, 3)).flatten(1))
-            spread = diagonal_spread(here, ratio)  # (B, T, a, b, c, d)
-            spread = spread.view(b, j - i, part.query_blocks[0].numel(), -1)
-            query = part.take(blocks, part.query_blocks)
-            key = part.take(blocks, part.key_blocks)
-            for index, rows in (
-                (part.query_blocks, spread @ key),
-                (part.key_blocks, spread.transpose(-1, -2) @ query),
-            ):
-                if part.whole:
-                    out.sub_(rows[:, 0], alpha=2)
-                else:
-                    out.index_add_(1, index.flatten(), rows.view(b, -1, f), alpha=-2)
+            here = grad[s, i:j]
+            norms[s].index_add_(1, part.query.flatten(), here.sum((-1, -2)).flatten(1))
+            norms[s].index_add_(1, part.key.flatten(), here.sum((2, 3)).flatten(1))
+            spread = diagonal_spread(here.unsqueeze(-3), tiles.ratio)  # (B, T, a, b, 1, c, d)
+            spread = spread.flatten(5).flatten(2, 4)
+            query = part.take(blocks[s], part.query_blocks)
+            key = part.take(blocks[s], part.key_blocks)
+            part.put(out[s], part.query_blocks, spread @ key)
+            part.put(out[s], part.key_blocks, spread.transpose(-1, -2) @ query)
         # A block takes part in every patch over it.
-        norms = norms.view(b, 1, *tiles.grid)
-        box = norms.new_ones(1, 1, ratio, ratio)
-        norms = F.conv_transpose2d(norms, box) if ratio > 1 else norms
-        return out.addcmul_(blocks, norms.reshape(b, g, 1), value=2), None
-
-
-def _tile_bytes(tiles: WindowTiles, rows: Tensor, matrices: int) -> int:
-    """Bytes of `matrices` products of one tile over a batch, and of its gathered keys."""
-    more = tiles.ratio - 1
-    query = math.prod(n + more for n in tiles.query_shape)
-    key = math.prod(n + more for n in tiles.key_shape)
-    gathered = 0 if tiles.count == 1 else key * rows.shape[-1]
-    return rows.shape[0] * rows.element_size() * (matrices * query * key + gathered)
+        if tiles.ratio > 1:
+            box = norms.new_ones(1, 1, tiles.ratio, tiles.ratio)
+            norms = F.conv_transpose2d(norms.view(b, 1, *tiles.grid), box)
+        return (norms.reshape(b, g, 1) * blocks).sub_(out).mul_(2), None
 
 
 def tile_distances(blocks: Tensor, tiles: WindowTiles) -> Tensor:
@@ -384,81 +455,68 @@ def tile_distances(blocks: Tensor, tiles: WindowTiles) -> Tensor:
         tiles: Tiles of the grid.
 
     Returns:
-        Distances (B, T, p, q, u, v), meaningful where `TileIndices.inside`.
+        Distances (B, T, p, q, u, v), meaningful where `TileIndices.barred` is 0.
     """
     return _TileDistances.apply(blocks, tiles)
+
+
+def _spread_weights(weights: Tensor, part: TileIndices, ratio: int) -> Tensor:
+    """Weights of patches (B, T, p, q, K, u, v) as weights of blocks (B, T, ab·K, cd)."""
+    if part.fresh is not None:
+        weights = weights * part.fresh[..., None, None, None]
+    return diagonal_spread(weights, ratio).flatten(5).flatten(2, 4)
 
 
 def aggregate_part(
     weights: Tensor, blocks: Tensor, part: TileIndices, ratio: int, out: Tensor
 ) -> None:
-    """Add the sums of some tiles under weights (K, B, T, p, q, u, v) to `out` (B, K, G, F)."""
-    k, b, t = weights.shape[:3]
-    f = blocks.shape[-1]
-    spread = _spread_weights(weights, part, ratio)  # (B, T, K·ab, cd)
-    sums = torch.matmul(spread, part.take(blocks, part.key_blocks)).view(b, t, k, -1, f)
-    if part.whole:
-        out += sums[:, 0]
-    else:
-        sums = sums.transpose(1, 2).reshape(b, k, -1, f)
-        out.index_add_(2, part.query_blocks.flatten(), sums)
-
-
-def _spread_weights(weights: Tensor, part: TileIndices, ratio: int) -> Tensor:
-    """Weights of patches (K, B, T, p, q, u, v) as weights of blocks (B, T, K·ab, cd)."""
-    if part.fresh is not None:
-        weights = weights * part.fresh[..., None, None]
-    weights = weights.permute(1, 2, 0, 3, 4, 5, 6)
-    spread = diagonal_spread(weights, ratio)
-    return spread.flatten(5).flatten(2, 4)
+    """Add the sums of some tiles under weights (B, T, p, q, K, u, v) to `out` (B, G, K·F)."""
+    b, t = weights.shape[:2]
+    spread = _spread_weights(weights, part, ratio)
+    sums = torch.matmul(spread, part.take(blocks, part.key_blocks))  # (B, T, ab·K, F)
+    part.put(out, part.query_blocks, sums.view(b, t, -1, out.shape[-1]))
 
 
 class _AggregateTiles(torch.autograd.Function):
-    """Sums of blocks under the weights; saves weights and blocks, forms the spread weights anew."""
+    """Sums of blocks under weights; saves weights and blocks, forms the spread weights anew."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, blocks: Tensor, tiles: WindowTiles) -> Tensor:
         ctx.save_for_backward(weights, blocks)
         ctx.tiles = tiles
-        k = weights.shape[0]
-        out = blocks.new_zeros(blocks.shape[0], k, *blocks.shape[1:])
-        for i, j in tiles.chunks(_tile_bytes(tiles, blocks, 2 * k)):
-            aggregate_part(weights[:, :, i:j], blocks, tiles.part(i, j), tiles.ratio, out)
-        return out
+        b, g, f = blocks.shape
+        k = weights.shape[4]
+        out = blocks.new_zeros(b, g, k * f)
+        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k)):
+            aggregate_part(weights[s, i:j], blocks[s], tiles.part(i, j), tiles.ratio, out[s])
+        return out.view(b, g, k, f)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weights, blocks = ctx.saved_tensors
         tiles: WindowTiles = ctx.tiles
-        k, b = weights.shape[:2]
-        f = blocks.shape[-1]
+        b, g, f = blocks.shape
+        k = weights.shape[4]
         want_weights, want_blocks = ctx.needs_input_grad[:2]
         grad_weights = torch.empty_like(weights) if want_weights else None
         grad_blocks = torch.zeros_like(blocks) if want_blocks else None
-        for i, j in tiles.chunks(_tile_bytes(tiles, blocks, 2 * k)):
+        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k)):
             part = tiles.part(i, j)
             t, n1, n2 = part.query_blocks.shape
             _, k1, k2 = part.key_blocks.shape
-            if part.whole:
-                here = grad.reshape(b, 1, k * n1 * n2, f)
-            else:
-                here = grad.index_select(2, part.query_blocks.flatten())
-                here = here.view(b, k, t, n1 * n2, f).transpose(1, 2).reshape(b, t, k * n1 * n2, f)
+            here = part.take(grad[s].reshape(-1, g, k * f), part.query_blocks)
+            here = here.reshape(-1, t, n1 * n2 * k, f)
             if want_blocks:
-                spread = _spread_weights(weights[:, :, i:j], part, tiles.ratio)
-                rows = spread.transpose(-1, -2) @ here  # (B, T, cd, F)
-                if part.whole:
-                    grad_blocks += rows[:, 0]
-                else:
-                    grad_blocks.index_add_(1, part.key_blocks.flatten(), rows.view(b, -1, f))
+                spread = _spread_weights(weights[s, i:j], part, tiles.ratio)
+                part.put(grad_blocks[s], part.key_blocks, spread.transpose(-1, -2) @ here)
                 del spread
             if want_weights:
-                products = here @ part.take(blocks, part.key_blocks).transpose(-1, -2)
-                products = products.view(b, t, k, n1, n2, k1, k2)
-                products = diagonal_sum(products, tiles.ratio).permute(2, 0, 1, 3, 4, 5, 6)
+                products = here @ part.take(blocks[s], part.key_blocks).transpose(-1, -2)
+                products = products.view(-1, t, n1, n2, k, k1, k2)
+                products = diagonal_sum(products, tiles.ratio)
                 if part.fresh is not None:
-                    products = products * part.fresh[..., None, None]
-                grad_weights[:, :, i:j] = products
+                    products = products * part.fresh[..., None, None, None]
+                grad_weights[s, i:j] = products
         return grad_weights, grad_blocks, None
 
 
@@ -466,12 +524,12 @@ def aggregate_tiles(weights: Tensor, blocks: Tensor, tiles: WindowTiles) -> Tens
     """Sum, for every block of the image, the blocks that weighted patches put there.
 
     Args:
-        weights: Weights (K, B, T, p, q, u, v), zero outside each query's window.
+        weights: Weights (B, T, p, q, K, u, v), zero outside each query's window.
         blocks: Rows of values (B, G, F) from `PatchGrid.to_blocks`.
         tiles: Tiles of the grid.
 
     Returns:
-        Sums (B, K, G, F) over all patches covering a block; `PatchGrid.from_blocks` divides by
+        Sums (B, G, K, F) over all patches covering a block; `PatchGrid.from_blocks` divides by
         their number.
     """
     return _AggregateTiles.apply(weights, blocks, tiles)
