@@ -29,7 +29,7 @@ from torch import Tensor
 __all__ = ["NativeError", "build", "library", "optional", "pointer", "status"]
 
 SOURCES = Path(__file__).parent / "csrc"
-ABI = 1
+ABI = 2
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-w")
 _BUILD_SECONDS = 180
 
@@ -100,6 +100,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.nn_aggregate.argtypes = [p, p, i, p, p, p, *sizes, d]
     lib.nn_aggregate_grad_input.argtypes = [p, p, i, p, p, *sizes, d]
     lib.nn_aggregate_grad_weight.argtypes = [p, p, p, i, p, *sizes, d]
+    sizes = [i] * 5
+    lib.nn_attend.argtypes = [p, p, p, p, i, p, p, p, d, d, f, p, p, *sizes, d]
+    lib.nn_attend_backward.argtypes = [p, p, p, p, p, p, i, p, p, d, d, p, p, p, p, *sizes, d]
 
 
 def _open(path: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
