@@ -31,6 +31,7 @@ from layers.patches import (
     patch_norms,
     tile_bytes,
     tile_distances,
+    write_out,
 )
 
 __all__ = [
@@ -362,6 +363,7 @@ class ConcreteNeighbors(nn.Module):
         """Squared distances (…, O) -> weights (…, K, O)."""
         with torch.autocast(distances.device.type, enabled=False):
             alpha = self.scale.logits(distances, log_temp, barred, counted)
+            alpha = alpha.clamp(min=-1e30)  # -inf times a gradient of 0 would be no number
             inverse = torch.exp(-self.log_annealing)
             out = []
             for _ in range(self.K):
@@ -709,7 +711,7 @@ class _JoinVolumes(torch.autograd.Function):
         out = x.new_empty(b, c + z.shape[1], height, width)
         out[:, :c] = x
         z = z.unflatten(1, (ctx.volumes, c))
-        torch.sub(z, x[:, None], out=out[:, c:].unflatten(1, (ctx.volumes, c)))
+        write_out(torch.sub, z, x[:, None], out[:, c:].unflatten(1, (ctx.volumes, c)))
         return out
 
     @staticmethod

@@ -21,6 +21,7 @@ d) key blocks of a tile, (p, q) query patches and (u, v) key patches of a tile, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,14 @@ from torch import Tensor
 __all__ = ["PatchGrid", "WindowTiles", "aggregate_tiles", "tile_distances"]
 
 CHUNK_BYTES = 8 * 2**20  # intermediate products alive at a time; about what stays in cache
+
+
+def write_out(operation: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write operation(a, b) to `out`, in one pass where that is no compiled graph."""
+    if torch.compiler.is_compiling():
+        out.copy_(operation(a, b))
+    else:
+        operation(a, b, out=out)
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class PatchGrid:
                 images = (y * scale).reshape(b, k * channels, height, width)
             else:  # one pass, into the layout of images
                 images = y.new_empty(b, k * channels, height, width)
-                torch.mul(y, scale, out=images.view(b, k, channels, g1, s, g2, s))
+                write_out(torch.mul, y, scale, images.view(b, k, channels, g1, s, g2, s))
         return images[:, :, top : top + self.height, left : left + self.width]
 
 
@@ -347,7 +356,7 @@ def _diagonal_spread(x: Tensor, axis: int, ratio: int) -> Tensor:
     n, m = shape[axis], shape[axis + 3]
     shape[axis] += ratio - 1
     shape[axis + 3] += ratio - 1
-    if ratio != 2:
+    if ratio != 2 or torch.compiler.is_compiling():
         out = x.new_zeros(shape)
         for i in range(ratio):
             out.narrow(axis, i, n).narrow(axis + 3, i, m).add_(x)
@@ -388,8 +397,8 @@ def patch_norms(blocks: Tensor, grid: tuple[int, int], ratio: int) -> Tensor:
 def tile_bytes(tiles: WindowTiles, rows: Tensor, matrices: int) -> int:
     """Bytes of `matrices` products of one tile of one sample, and of its gathered keys."""
     more = tiles.ratio - 1
-    query = math.prod(n + more for n in tiles.query_shape)
-    key = math.prod(n + more for n in tiles.key_shape)
+    query = (tiles.query_shape[0] + more) * (tiles.query_shape[1] + more)
+    key = (tiles.key_shape[0] + more) * (tiles.key_shape[1] + more)
     gathered = 0 if tiles.count == 1 else key * rows.shape[-1]
     return rows.element_size() * (matrices * query * key + gathered)
 
@@ -428,7 +437,7 @@ class _TileDistances(torch.autograd.Function):
         tiles: WindowTiles = ctx.tiles
         b, g, _ = blocks.shape
         out = torch.zeros_like(blocks)
-        norms = blocks.new_zeros(b, math.prod(tiles.grid))  # gradient of the squared norms
+        norms = blocks.new_zeros(b, tiles.grid[0] * tiles.grid[1])  # gradient of the squared norms
         for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2)):
             part = tiles.part(i, j)
             here = grad[s, i:j]

@@ -1,0 +1,417 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from layers.n3 import (
+    ConcreteBlock,
+    HardNeighbors,
+    KNNBlock,
+    N3Aggregation,
+    N3Aggregation2d,
+    N3Block,
+    NeuralNearestNeighbors,
+    relaxed_selection,
+)
+from layers.patches import PatchGrid, WindowTiles, diagonal_spread, diagonal_sum
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def slow_rounds(logits, K, saturation=2.0**-53):
+    """The formulas, number by number, in Python's float64."""
+    out = []
+    for row in logits.double().tolist():
+        alpha, volumes = list(row), []
+        for _ in range(K):
+            top = max(alpha)
+            e = [math.exp(a - top) if a > -math.inf else 0.0 for a in alpha]
+            w = [x / sum(e) for x in e]
+            volumes.append(w)
+            for i, a in enumerate(alpha):
+                left = sum(x for j, x in enumerate(e) if j != i) / sum(e)  # 1 - w_i
+                alpha[i] = a + math.log(left) if left > saturation and a > -math.inf else -math.inf
+        out.append(volumes)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+TEMPERATURES = [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0]
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounds_match_slow_loop(t, dtype):
+    logits = (-torch.rand(12, 20, dtype=dtype) / t).to(dtype)
+    logits[:3, 4] = -torch.inf
+    want = slow_rounds(logits, 5)
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-9
+    close(relaxed_selection(logits, 5).double(), want, rtol=0, atol=tolerance)
+
+
+def test_both_ways_through_the_rounds_agree():
+    for t in (0.02, 0.1, 1.0):
+        logits = -torch.rand(300, 40) / t
+        by_logs = relaxed_selection(logits.double(), 7).float()  # float64 takes the logarithms
+        close(relaxed_selection(logits, 7), by_logs, rtol=0, atol=2e-4)
+
+
+def autograd_rounds(logits, K):
+    alpha, out = logits, []
+    for _ in range(K):
+        w = torch.softmax(alpha, -1)
+        out.append(w)
+        alpha = alpha + torch.log1p(-w)
+    return torch.stack(out, -2)
+
+
+@pytest.mark.parametrize("t", [0.05, 0.1, 1.0, 10.0])
+def test_gradient_matches_autograd_of_the_formulas(t):
+    logits = (-torch.rand(30, 20, dtype=torch.float64) / t).requires_grad_()
+    seed = torch.randn(30, 4, 20, dtype=torch.float64)
+    (want,) = torch.autograd.grad(autograd_rounds(logits, 4), logits, seed)
+    (got,) = torch.autograd.grad(relaxed_selection(logits, 4), logits, seed)
+    close(got, want, rtol=1e-5, atol=1e-8)
+    narrow = logits.detach().float().requires_grad_()
+    (got,) = torch.autograd.grad(relaxed_selection(narrow, 4), narrow, seed.float())
+    close(got.double(), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+def test_gradcheck(t):
+    distances = torch.rand(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda d: relaxed_selection(-d / t, 3), distances, eps=1e-9 if t < 0.01 else 1e-6, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cold_limit_is_hard_choice(dtype):
+    distances = torch.stack([torch.randperm(30) for _ in range(8)]).to(dtype)
+    hard = HardNeighbors(7)(distances)
+    close(relaxed_selection(-distances / 1e-4, 7), hard, rtol=0, atol=1e-6)
+    close(hard.argmax(-1), distances.argsort(-1)[:, :7])
+
+
+@pytest.mark.parametrize("saturation", [2.0**-53, 2.0**-24])
+def test_no_nan_with_duplicates_and_domination(saturation):
+    rows = torch.rand(6, 9) * 3
+    rows[0] = 1.0  # all alike
+    rows[1, :3] = 0.0  # ties at the top
+    rows[2] = 1e4
+    rows[2, 4] = 0.0  # one dominates
+    rows[3] = torch.arange(9.0) * 25  # every weight rounds to 1 in float32
+    rows[4] = torch.arange(9.0) * 1e6
+    logits = (-rows).requires_grad_()
+    weights = relaxed_selection(logits, 9, saturation)
+    assert weights.isfinite().all()
+    close(weights.sum(-1), torch.ones(6, 9), rtol=0, atol=1e-5)
+    (weights * torch.randn_like(weights)).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().max() < 1e3
+
+
+def test_saturation_of_plain_float32_removes_outright():
+    logits = torch.tensor([[0.0, -20.0, -21.0]])
+    kept = relaxed_selection(logits, 2)
+    gone = relaxed_selection(logits, 2, saturation=2.0**-24)
+    assert 0.4 < kept[0, 1, 0] < 0.6  # mass 1 - w of the first is what the others have together
+    assert gone[0, 1, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_selection_in_float32(dtype):
+    block = N3Block(2, K=3, window=5, embed_channels=2, embed_features=4).eval()
+    x = torch.randn(1, 2, 40, 45)
+    with torch.autocast("cpu", dtype=dtype):
+        x.requires_grad_()
+        out = block(x)
+        assert block.n3aggregation.aggregation.nnn(torch.rand(4, 9)).dtype == torch.float32
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+    flat = block(torch.zeros(1, 2, 40, 45))  # all patches alike
+    assert flat.isfinite().all()
+
+
+def test_scale_of_distances():
+    nnn = NeuralNearestNeighbors(3)
+    distances = torch.rand(4, 6, 9)
+    log_temp = torch.randn(4, 6)
+    got = nnn(distances, log_temp)
+    scaled = F.batch_norm(-distances.reshape(1, 1, -1), None, None, training=True).view_as(
+        distances
+    )
+    want = relaxed_selection(scaled / (log_temp.exp() * 0.1)[..., None], 3)
+    close(got, want, rtol=1e-4, atol=1e-5)
+    close(nnn.bn.running_mean, -0.1 * distances.mean()[None])
+    close(nnn.bn.running_var, 0.9 + 0.1 * distances.var()[None])
+    nnn.eval()
+    var = nnn.bn.running_var + nnn.bn.eps
+    want = relaxed_selection(-distances / var.sqrt() / (log_temp.exp() * 0.1)[..., None], 3)
+    close(nnn(distances, log_temp), want, rtol=1e-4, atol=1e-5)
+    nnn.train()(distances, log_temp).square().sum().backward()
+    assert nnn.bn.bias.grad is not None
+    learned = NeuralNearestNeighbors(2, temperature="learned", temp_bias=0, distance_bn=False)
+    assert [n for n, _ in learned.named_parameters()] == ["log_temp"]
+    close(learned(distances), relaxed_selection(-distances, 2))
+
+
+def slow_block(block, x, features, log_temp):
+    """Loops over patches, candidates and overlaps: what `block` makes of its parts."""
+    layer, nnn = block.n3aggregation, block.n3aggregation.aggregation.nnn
+    p, s, K = layer.patch_size, layer.stride, nnn.K
+    b, c, height, width = x.shape
+    extra = [(-(side - p)) % s if side >= p else p - side for side in (height, width)]
+    pads = (extra[1] // 2, extra[1] - extra[1] // 2, extra[0] // 2, extra[0] - extra[0] // 2)
+    xp, ep, tp = (F.pad(t, pads) for t in (x, features, log_temp))
+    n1, n2 = (xp.shape[2] - p) // s + 1, (xp.shape[3] - p) // s + 1
+    s1, s2 = min(layer.window, n1), min(layer.window, n2)
+    corners = [(i * s, j * s) for i in range(n1) for j in range(n2)]
+
+    def patches(t, sample):
+        return torch.stack([t[sample, :, i : i + p, j : j + p].flatten() for i, j in corners])
+
+    candidates = []
+    for i in range(n1):
+        for j in range(n2):
+            top = min(max(i - s1 // 2, 0), n1 - s1)
+            left = min(max(j - s2 // 2, 0), n2 - s2)
+            block_of = [(top + u) * n2 + left + v for u in range(s1) for v in range(s2)]
+            candidates.append([m for m in block_of if m != i * n2 + j])
+    values, found, temps = [], [], []
+    for sample in range(b):
+        values.append(patches(xp, sample))
+        e, t = patches(ep, sample), patches(tp, sample).mean(1)
+        found += [-(e[m] - e[rows]).square().sum(1) for m, rows in enumerate(candidates)]
+        temps.append(torch.exp(t + nnn.log_bias))
+    d = nnn.bn(torch.stack(found)[None].reshape(1, 1, -1)).view(len(found), -1)
+    weights = autograd_rounds(d / torch.cat(temps)[:, None], K)
+
+    images = []
+    for sample in range(b):
+        here = weights[sample * n1 * n2 : (sample + 1) * n1 * n2]
+        z = torch.stack([here[m] @ values[sample][rows] for m, rows in enumerate(candidates)])
+        z = z.view(n1 * n2, K, c, p, p)
+        total, count = torch.zeros(K, c, *xp.shape[2:], dtype=x.dtype), torch.zeros(xp.shape[2:])
+        for m, (i, j) in enumerate(corners):
+            total = total + F.pad(z[m], (j, xp.shape[3] - j - p, i, xp.shape[2] - i - p))
+            count[i : i + p, j : j + p] += 1
+        z = (total / count)[:, :, pads[2] : pads[2] + height, pads[0] : pads[0] + width]
+        images.append(torch.cat((x[sample], (z - x[sample]).flatten(0, 1))))
+    return torch.stack(images)
+
+
+def check_block(shape, *, train, **options):
+    options["temp_bias"] = 0.5  # cold enough to choose, warm enough for the formulas' own 1 - w
+    block = N3Block(shape[1], embed_channels=2, embed_features=3, embed_depth=2, **options)
+    block = block.double().eval()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    features = block.embedcnn(x).detach().requires_grad_()
+    log_temp = block.tempcnn(x).detach().requires_grad_()
+    block.n3aggregation.train()
+    block.n3aggregation.aggregation.nnn.bn.momentum = 1.0
+    block.n3aggregation(x, features, log_temp)  # statistics to evaluate with
+    block.n3aggregation.train(train)
+    twin = N3Block(shape[1], **options).double()
+    twin.n3aggregation.load_state_dict(block.n3aggregation.state_dict())
+    twin.n3aggregation.train(train).aggregation.nnn.bn.momentum = 1.0
+    want = slow_block(twin, x, features, log_temp)
+    z = block.n3aggregation(x, features, log_temp)
+    got = torch.cat((x, (z.unflatten(1, (-1, shape[1])) - x[:, None]).flatten(1, 2)), 1)
+    close(got, want, rtol=0, atol=1e-9)
+    bn, other = block.n3aggregation.aggregation.nnn.bn, twin.n3aggregation.aggregation.nnn.bn
+    close(bn.running_var, other.running_var)
+    close(bn.running_mean, other.running_mean)
+    leaves = (x, features, log_temp, bn.weight)
+    seed = torch.randn_like(want)
+    gradients = torch.autograd.grad(got, leaves, seed)
+    wanted = torch.autograd.grad(want, (*leaves[:3], other.weight), seed)
+    for a, b in zip(gradients, wanted, strict=True):
+        close(a, b, rtol=1e-6, atol=1e-8)
+    if not train:
+        with torch.no_grad():  # tiles in turn
+            close(block.n3aggregation(x, features, log_temp), z.detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 97, 103), (1, 2, 76, 200), (2, 2, 40, 40)])
+def test_block_matches_slow_loop(shape):
+    check_block(shape, train=False, K=3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 1, 80, 80), {}),
+        ((1, 2, 41, 58), {"patch_size": 7, "stride": 3, "window": 7}),
+        ((1, 1, 33, 30), {"patch_size": 6, "stride": 2, "window": 5}),
+        ((1, 1, 31, 37), {"patch_size": 4, "stride": 4, "window": 3}),
+        ((2, 1, 150, 64), {"window": 3}),
+    ],
+)
+def test_block_training_matches_slow_loop(shape, options):
+    check_block(shape, train=True, **({"K": 3} | options))
+
+
+def test_block_in_float32():
+    block = N3Block(8).eval()
+    x = torch.randn(1, 8, 100, 90)
+    with torch.no_grad():
+        got, whole = block(x), block.double()(x.double())
+    close(got.double(), whole, rtol=0, atol=1e-4)
+    assert got.shape == (1, 64, 100, 90)
+
+
+def test_inputs_stay_and_layouts_do_not_matter():
+    block = N3Block(4, K=2, embed_features=4, window=5).eval()
+    x = torch.randn(2, 4, 35, 42)
+    before = x.clone()
+    out = block(x)
+    close(x, before, rtol=0, atol=0)
+    close(block(x.to(memory_format=torch.channels_last)), out)
+    close(block(x[:1]), out[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_temperature_is_that_of_each_query_also_for_one_sample():
+    block = N3Block(1, K=2, window=5, embed_channels=0).train()
+    nnn = block.n3aggregation.aggregation.nnn
+    x = torch.randn(1, 1, 45, 45)
+    one = block(x)
+    nnn.bn.reset_running_stats()
+    block.tempcnn.eval()
+    two = block(x.repeat(2, 1, 1, 1))
+    nnn.train()
+    close(block(x), two[:1], rtol=1e-4, atol=1e-5)
+    assert one.shape == x[:, :1].repeat(1, 3, 1, 1).shape
+
+
+def test_pad_modes_and_center_temperature():
+    x = torch.randn(1, 2, 43, 47)
+    outs = [
+        N3Aggregation2d(NeuralNearestNeighbors(2), window=5, pad_mode=mode, temp_pool=pool).eval()(
+            x, x, x[:, :1]
+        )
+        for mode in ("zeros", "reflect")
+        for pool in ("average", "center")
+    ]
+    for i, a in enumerate(outs):
+        for b in outs[:i]:
+            assert (a - b).abs().max() > 1e-3
+    close(outs[0], outs[0])
+
+
+def test_aggregation_of_sets():
+    items, features = torch.randn(2, 20, 3), torch.randn(2, 20, 4)
+    query, log_temp = torch.randn(2, 5, 4), torch.randn(2, 5)
+    indices = torch.stack([torch.randperm(20)[:6] for _ in range(5)])
+    layer = N3Aggregation(NeuralNearestNeighbors(2)).eval()
+    got = layer(items, features, query, indices, log_temp)
+    assert got.shape == (2, 5, 3, 2)
+    d = (query[:, :, None] - features[:, indices]).square().sum(-1)
+    w = layer.nnn(d, log_temp)
+    close(got, torch.einsum("bmko,bmof->bmfk", w, items[:, indices]), rtol=1e-4, atol=1e-5)
+    leaves = [t.double().requires_grad_() for t in (items, features, query)]
+    layer = layer.double()
+    assert torch.autograd.gradcheck(
+        lambda a, b, c: layer(a, b, c, indices, log_temp.double()), leaves
+    )
+    with pytest.raises(ValueError, match=r"K = 2 neighbors asked of 1 candidates"):
+        layer(items, features, query, indices[:, :1])
+
+
+def test_knn_block_is_the_cold_limit():
+    x, features = torch.randn(1, 2, 40, 52), torch.randn(1, 1, 40, 52)
+    block = KNNBlock(3, window=5)
+    cold = N3Aggregation2d(
+        NeuralNearestNeighbors(3, temp_bias=1e-6, distance_bn=False), window=5
+    ).double()
+    z = cold(x.double(), features.double()).float()
+    want = torch.cat((x, (z.unflatten(1, (3, 2)) - x[:, None]).flatten(1, 2)), 1)
+    close(block(x, features), want, rtol=1e-4, atol=1e-5)
+    close(block(x), block(x, x))
+    x.requires_grad_()
+    block(x, features).square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_concrete_block():
+    block = ConcreteBlock(2, K=2, window=5, embed_features=4)
+    x = torch.randn(2, 2, 35, 35)
+    assert (block(x) - block(x)).abs().max() > 1e-4  # drawn anew
+    block(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+    block.eval()
+    close(block(x), block(x), rtol=0, atol=0)
+
+
+def test_state_dict_round_trip_and_compile():
+    torch._dynamo.reset()
+    block, other = (N3Block(2, K=2, window=5, embed_features=4).eval() for _ in range(2))
+    other.load_state_dict(block.state_dict())
+    x = torch.randn(1, 2, 35, 40)
+    close(other(x), block(x), rtol=0, atol=0)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
+    close(
+        torch.export.export(block, (x,)).module()(x).detach(),
+        block(x).detach(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_spread_is_the_adjoint_of_sum(ratio):
+    x = torch.randn(2, 5, 6, 3, 7, 8, dtype=torch.float64)
+    y = diagonal_sum(x, ratio)
+    g = torch.randn_like(y)
+    close((y * g).sum(), (x * diagonal_spread(g, ratio)).sum())
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(15, 15), (3, 40), (23, 53)])
+def test_tiles_cover_every_query_and_its_window_once(rows, cols):
+    tiles = WindowTiles(rows, cols, 7, 2, torch.device("cpu"))
+    part = tiles.part(0, tiles.count)
+    fresh = torch.ones_like(part.query) if part.fresh is None else part.fresh
+    seen = torch.zeros(rows * cols).index_add_(0, part.query.flatten(), fresh.float().flatten())
+    assert (seen == 1).all()
+    assert ((part.barred == 0).flatten(3).sum(3) == min(7, rows) * min(7, cols) - 1).all()
+
+
+def test_grid_covers_every_pixel():
+    for side in (5, 10, 11, 80, 256, 321, 481, 512):
+        grid = PatchGrid(side, side + 3)
+        for size, n in zip(grid.padded, (grid.rows, grid.cols), strict=True):
+            assert (n - 1) * 5 + 10 == size
+        x = torch.rand(1, 2, side, side + 3)
+        blocks = grid.to_blocks(grid.pad(x))
+        summed = blocks * grid.counts(x.device, x.dtype)[:, None]
+        close(grid.from_blocks(summed[:, :, None], 2), x)
+    assert PatchGrid(321, 481).pads == (2, 2, 2, 2)
+    assert PatchGrid(512, 512).pads == (1, 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: N3Block(window=14), "window must be odd, got 14"),
+        (lambda: N3Block(K=9, window=3), "K = 9 neighbors asked of 8 candidates"),
+        (lambda: N3Block(stride=11), "stride must be between 1 and patch_size"),
+        (lambda: N3Block(K=0), "K must be at least 1"),
+        (lambda: N3Block(pad_mode="wrap"), "pad_mode must be"),
+        (lambda: N3Block(temp_pool="max"), "temp_pool must be"),
+        (lambda: N3Block(temperature="hot"), "temperature must be"),
+        (lambda: relaxed_selection(torch.rand(2, 3), 4), "K = 4 neighbors asked of 3"),
+        (lambda: KNNBlock()(torch.rand(1, 1, 10, 20)), "K = 7 neighbors asked of 2 candidates"),
+    ],
+)
+def test_bad_options(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
