@@ -34,7 +34,7 @@ from dataset import (
     read_image,
     split_train,
 )
-from layers import LAYERS
+from layers import LAYERS, native
 from layers.distance_kernels import KERNELS
 from layers.dynamic import PREDICTORS
 from models import MODELS, model_class
@@ -1487,6 +1487,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(130) from error
 
 
+def describe_run(command: str) -> str:
+    """Return the comment lines above the arguments in args.txt."""
+    return (
+        f"# {command}\n"
+        f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
+        f"neighbor kernels {native.status()}\n"
+    )
+
+
 def resume_hint(run: RunFolder) -> str:
     """Say what is saved and how to go on."""
     if not (run.path / run.LAST).exists():
@@ -1546,12 +1555,11 @@ def train(
         train_eval_loader = build_loader(data.train, **options)
     num_epochs = getattr(trainer.model, "num_stages", args.num_epochs)
     eval_loader = build_loader(data.val or data.test, **options)
-    header = f"# {command}\n# torch {torch.__version__}, Python {sys.version.split()[0]}\n"
     seed_everything(args.seed)
     progress = Progress() if checkpoint is None else restore(trainer, checkpoint)
     if progress.epoch >= num_epochs:
         print(f"Epoch {progress.epoch} of {num_epochs} is done: nothing to resume.")
-    run.start(header + format_args(arguments), model_text, progress)
+    run.start(describe_run(command) + format_args(arguments), model_text, progress)
     print(f"Run folder: {run.path}")
     eval_name = "test" if data.val is None else "val"
     fit(
@@ -1630,9 +1638,10 @@ def classify(
         batches = build_loader(train, **options)
         model.fit_batches(batches, data.num_outputs, shard=world_size() > 1).to(device)
         seconds = time.perf_counter() - start
-        header = f"# {command}\n# torch {torch.__version__}, Python {sys.version.split()[0]}\n"
         if leader and not args.dry_run:
-            run.start(header + format_args(plain_arguments(args)), f"{model}\n", Progress())
+            run.start(
+                describe_run(command) + format_args(plain_arguments(args)), f"{model}\n", Progress()
+            )
             print(f"Run folder: {run.path}")
 
         reports: dict[str, NeighborReport] = {}
