@@ -411,7 +411,12 @@ def add_denoising_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--loss_scale", type=at_least(0, float), default=0.25, help="see --loss_reduction")
     add("--tile", type=at_least(0), default=0, help="evaluate by tiles of this side; 0: whole")
-    add("--tile_overlap", type=at_least(0), default=32, help="pixels that tiles share")
+    add(
+        "--tile_overlap",
+        type=at_least(0),
+        default=None,
+        help="pixels that tiles share; not given: 64, or half a small tile",
+    )
     add(
         "--save_images",
         action="store_true",
@@ -1117,9 +1122,9 @@ def check_denoising(
         parser.error(f"--model {args.model}: {error}")
     try:
         if args.tile:
-            check_tiles(model, args.tile, args.tile_overlap)
+            check_tiles(model, args.tile, tile_overlap(args))
     except ValueError as error:
-        parser.error(f"--tile {args.tile} --tile_overlap {args.tile_overlap}: {error}")
+        parser.error(f"--tile {args.tile} --tile_overlap {tile_overlap(args)}: {error}")
 
 
 def check_dynamic(
@@ -1359,11 +1364,16 @@ def build_task(args: argparse.Namespace, model_type: type[nn.Module], data: Data
     return ClassificationTask(data.num_outputs, criterion)
 
 
+def tile_overlap(args: argparse.Namespace) -> int:
+    """Return --tile_overlap, or its default for the size of the tiles."""
+    return min(64, args.tile // 2) if args.tile_overlap is None else args.tile_overlap
+
+
 def tiled_prediction(args: argparse.Namespace) -> Callable[..., torch.Tensor] | None:
     """Return how --tile runs a denoiser, or None for whole images."""
     if not args.tile:
         return None
-    return partial(forward_in_tiles, tile=args.tile, overlap=args.tile_overlap)
+    return partial(forward_in_tiles, tile=args.tile, overlap=tile_overlap(args))
 
 
 def build_trainer(
@@ -1874,7 +1884,7 @@ def examine(
     base = data.test.dataset if isinstance(data.test, Subset) else data.test
     report = ImageReport(base.names, run.path, pictures=args.save_images)
     metrics = evaluate(model, task, loader, observe=report.add, **options)
-    tiles = f"tiles of {args.tile}, overlap {args.tile_overlap}" if args.tile else "whole images"
+    tiles = f"tiles of {args.tile}, overlap {tile_overlap(args)}" if args.tile else "whole images"
     colors = "color" if args.color else "gray"
     protocol = (
         f"Protocol: noise of sigma {args.sigma:g} on the 0-255 scale, seed {args.seed} and "
