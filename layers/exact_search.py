@@ -91,11 +91,14 @@ class _Keys:
         if self.mapping is not None and hasattr(self.mapping, "madvise"):
             self.mapping.madvise(mmap.MADV_DONTNEED)
 
+    def some(self, labels: Tensor) -> Tensor:
+        """Return the rows that are named."""
+        return self.data[labels.to(self.data.device)].to(self.device, self.dtype)
+
     def sample(self) -> Tensor:
         """Return some rows, evenly spread."""
         n = len(self.data)
-        index = torch.linspace(0, n - 1, min(n, _SAMPLE_ROWS), dtype=torch.float64).long()
-        return self.data[index.to(self.data.device)].to(self.device, self.dtype)
+        return self.some(torch.linspace(0, n - 1, min(n, _SAMPLE_ROWS), dtype=torch.float64).long())
 
 
 def _as_tensor(keys: Tensor | np.ndarray) -> tuple[Tensor, mmap.mmap | None]:
@@ -429,80 +432,162 @@ class _LowPrecision:
     """Rows prepared for products of one precision.
 
     Attributes:
-        exact: The rows as they are.
         low: What is multiplied.
         scale: Factor of each row of ``low`` (int8), or None.
-        norm: At least the length of each row of ``low``, times its scale.
+        norm: At least the length of each row of ``low``, times its scale, float64.
         residual: At least the length of the difference from the true (centered) row.
         square: Squared length of the true centered row.
         along: Its product with the mean.
+        moved: Bound on the rounding of ``square`` (euclidean) or ``along``.
         unit: Unit roundoff of the costs.
     """
 
     def __init__(self, rows: Tensor, mean: Tensor, metric: str, mode: str) -> None:
-        self.exact, self.scale = rows, None
+        self.rows, self.scale = rows, None
         if mode == "integer":
             # Shift uint8 by 128: distances stay; dot products are mended with the sums of rows.
             self.low = rows if rows.dtype == torch.int8 else (rows.int() - 128).to(torch.int8)
             return
         work = torch.float64 if mode == "float64" else torch.float32
         self.unit = torch.finfo(work).eps / 2
-        centered = (_normalize(rows) if metric == "cosine" else rows.double()) - mean
-        self.square, self.along = centered.square().sum(1), centered @ mean
-        length = self.square.sqrt()
+        if metric == "cosine":
+            self.low = (_normalize(rows) - mean).to(work)
+        elif rows.dtype == torch.float64:
+            self.low = (rows - mean).to(work)
+        else:  # the difference of two float32 numbers has one rounding as well
+            self.low = rows.to(work) - mean.to(work)
+        length = torch.linalg.vector_norm(self.low, dim=1, dtype=torch.float64)
         if not (length < (1e18 if work == torch.float32 else 1e150)).all():
             raise _OutOfRange
-        self.low = centered.to(work)
-        self.norm, self.residual = length * (1 + 2 * self.unit), length * (2 * self.unit)
+        self.square = length.square()
+        self.residual = length * (2 * self.unit)
+        if metric == "euclidean":
+            self.moved = 2 * length * self.residual + self.residual.square()
+        else:
+            self.along = (self.low.to(mean.dtype) if mode == "float64" else self.low) @ mean.to(
+                work
+            )
+            size = mean.norm()
+            self.moved = size * self.residual + (len(mean) + 4) * self.unit * size * length
+        self.norm = length
         if mode == "int8":
             self.scale = (self.low.abs().amax(1) / 127).clamp_min(1e-30)
             quantized = (self.low / self.scale[:, None]).round_().clamp_(-127, 127)
+            difference = torch.addcmul(self.low, quantized, self.scale[:, None], value=-1)
             self.low = quantized.to(torch.int8)
-            self.residual = (centered - quantized.double() * self.scale[:, None]).norm(dim=1)
+            slip = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
+            self.residual = self.residual + slip + length * (4 * self.unit)
             self.norm = length + self.residual
+
+    def part(self, rows: slice | Tensor) -> "_LowPrecision":
+        """Return some of the rows."""
+        chosen = object.__new__(_LowPrecision)
+        for name, value in vars(self).items():
+            of_rows = isinstance(value, Tensor) and value.dim() > 0
+            setattr(chosen, name, value[rows] if of_rows else value)
+        return chosen
 
 
 def _search_torch(
     queries: Tensor, keys: _Keys, K: int, index: ExactIndex, mode: str
 ) -> tuple[Tensor, Tensor]:
-    """Search with PyTorch's matrix products in ``mode``: "int8", "float32" or "float64"."""
+    """Search with PyTorch's matrix products in ``mode``: "int8", "float32" or "float64".
+
+    One pass over the keys keeps a shortlist of every query, longer than K, by approximate cost.
+    The shortlist is evaluated exactly, and is certified when every key outside it must cost more
+    than the K-th best. Queries where it is not take another pass with a longer one.
+    """
     m, d = queries.shape
-    metric, budget = index.metric, index.max_bytes
-    if mode == "int8" and keys.dtype in _BYTES and metric != "cosine":
+    n = len(keys.data)
+    if mode == "int8" and keys.dtype in _BYTES and index.metric != "cosine":
         mode = "integer"
-    mean = _center(keys, metric)
-    best = torch.full((m, K), math.inf, dtype=torch.float64, device=queries.device)
-    found = torch.full((m, K), -1, dtype=torch.int64, device=queries.device)
-    # One tile of scores should stay in the processor's cache; a GPU wants larger ones.
-    tile = budget // 8 if queries.device.type == "cpu" else budget
-    size = max(1, min(len(keys.data), max(256, budget // (32 * d)), 8192))
-    rows = max(1, min(m, tile // (4 * size), budget // (32 * d) + 1))
+    mean = _center(keys, index.metric)
+    costs = torch.empty(m, K, dtype=torch.float64, device=queries.device)
+    found = torch.empty(m, K, dtype=torch.int64, device=queries.device)
+    prepared = _LowPrecision(queries, mean, index.metric, mode)
+    open_rows = torch.arange(m, device=queries.device)
+    length = 4 * K + 32 if mode == "int8" else K + K // 2 + 8
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the bound is that of true float32
     try:
-        for start, key_rows in keys.chunks(size):
-            y = _LowPrecision(key_rows, mean, metric, mode)
-            for first in range(0, m, rows):
-                part = slice(first, first + rows)
-                x = _LowPrecision(queries[part], mean, metric, mode)
-                costs, error, shift = _approximate(x, y, mean, metric, mode)
-                best[part], found[part] = _merge_tile(
-                    x.exact, y.exact, costs, error, shift, start, best[part], found[part], index
-                )
+        while len(open_rows):
+            length = min(n, length)
+            x = prepared if len(open_rows) == m else prepared.part(open_rows)
+            values, labels, error, shift = _shortlist(x, keys, length, mean, index, mode)
+            if mode == "integer":
+                exact = values.double() + shift[:, None]
+            else:
+                exact = _exact_costs(x.rows, keys, labels, index)
+            if not exact.isfinite().all():
+                raise _OutOfRange
+            # Stable sorts: by index, then by cost, so that the lower index comes first on ties.
+            labels, order = labels.sort(dim=1)
+            exact, order = exact.gather(1, order).sort(dim=1, stable=True)
+            labels = labels.gather(1, order)
+            outside = values.amax(1).double() + shift - error
+            certified = (outside > exact[:, K - 1]) | (length == n)
+            done = open_rows[certified]
+            costs[done], found[done] = exact[certified, :K], labels[certified, :K]
+            open_rows = open_rows[~certified]
+            length *= 4
     finally:
         torch.set_float32_matmul_precision(matmul_precision)
-    if not best.isfinite().all():
-        raise _OutOfRange
     words = {"integer": "8-bit integer products, exact"}
     index.path = words.get(mode, f"{mode} products with a certified bound, decided in float64")
-    return best, found
+    return costs, found
+
+
+def _shortlist(
+    x: _LowPrecision, keys: _Keys, length: int, mean: Tensor, index: ExactIndex, mode: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the keys of smallest approximate cost.
+
+    Args:
+        x: M queries.
+        keys: The keys.
+        length: How many, L.
+        mean: What is subtracted from every row.
+        index: For metric and byte budget.
+        mode: See :func:`_search_torch`.
+
+    Returns:
+        Approximate costs (M, L) less a shift, indices (M, L), a bound (M,) on the error of all
+        approximate costs, and the shift (M,).
+    """
+    m, d = x.low.shape
+    device, budget = x.low.device, index.max_bytes
+    # One tile of scores should stay in the processor's cache; a GPU wants larger ones.
+    tile = budget // 8 if device.type == "cpu" else budget
+    size = max(1, min(len(keys.data), max(256, budget // (32 * d)), 8192))
+    rows = max(1, min(m, tile // (4 * size)))
+    kind = torch.int32 if mode == "integer" else x.low.dtype
+    kind = torch.float32 if mode == "int8" else kind
+    worst = torch.iinfo(kind).max if mode == "integer" else math.inf
+    values = torch.full((m, length), worst, dtype=kind, device=device)
+    labels = torch.zeros(m, length, dtype=torch.int64, device=device)
+    error = torch.zeros(m, dtype=torch.float64, device=device)
+    shift = torch.zeros(m, dtype=torch.float64, device=device)
+    for start, key_rows in keys.chunks(size):
+        y = _LowPrecision(key_rows, mean, index.metric, mode)
+        for first in range(0, m, rows):
+            part = slice(first, first + rows)
+            costs, bound, shift[part] = _approximate(x.part(part), y, mean, index.metric, mode)
+            error[part] = torch.maximum(error[part], bound)
+            new, local = _smallest(costs, min(length, len(key_rows)))
+            if start == 0:
+                values[part, : new.shape[1]], labels[part, : new.shape[1]] = new, local
+                continue
+            merged = torch.cat([values[part], new], 1)
+            values[part], order = merged.topk(length, dim=1, largest=False, sorted=False)
+            labels[part] = torch.cat([labels[part], local + start], 1).gather(1, order)
+    return values, labels, error, shift
 
 
 def _approximate(
     x: _LowPrecision, y: _LowPrecision, mean: Tensor, metric: str, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return costs (M, N) less a shift (M,), and a bound (M,) on their error."""
-    m, d = x.exact.shape
+    """Return costs (M, N) less a shift (M,), a bound (M,) on their error, and the shift."""
+    d = x.low.shape[1]
     factor = 2 if metric == "euclidean" else 1
     if mode == "integer":
         products = torch._int_mm(x.low, y.low.T)
@@ -511,7 +596,7 @@ def _approximate(
             costs = low.square().sum(1, dtype=torch.int32) - products.mul_(2)
             shift = x.low.int().square().sum(1).double()
         else:  # x·y = x'·y' + 128 Σ y' + 128 Σ x' + 128² D, with ' for the shifted ones
-            offset = 128 if x.exact.dtype == torch.uint8 else 0
+            offset = 128 if x.rows.dtype == torch.uint8 else 0
             costs = products.neg_() - offset * low.sum(1, dtype=torch.int32)
             shift = -offset * (x.low.sum(1, dtype=torch.int64) + offset * d).double()
         return costs, torch.zeros_like(shift), shift
@@ -529,63 +614,9 @@ def _approximate(
     longest = (y.norm + y.residual).max()
     error = x.residual * longest + x.norm * y.residual.max()
     error += rounding * (x.norm + x.residual) * longest
-    error = factor * error + 16 * x.unit * bias.abs().max() + 1e-12 * shift.abs() + 1e-36
-    return costs, error * 1.01, shift
-
-
-def _merge_tile(
-    queries: Tensor,
-    keys: Tensor,
-    costs: Tensor,
-    error: Tensor,
-    shift: Tensor,
-    start: int,
-    best: Tensor,
-    found: Tensor,
-    index: ExactIndex,
-) -> tuple[Tensor, Tensor]:
-    """Merge one tile of costs into the running best; widen each shortlist until it is certified.
-
-    A shortlist is certified when every key outside it costs more than the K-th best, for sure.
-
-    Args:
-        queries: (M, D) exact rows.
-        keys: (N, D) exact rows.
-        costs: (M, N) approximate costs less ``shift``.
-        error: (M,) bound on their error.
-        shift: (M,).
-        start: Index of the first key.
-        best: (M, K) costs so far, ascending.
-        found: (M, K) their indices.
-        index: For metric and byte budget.
-    """
-    K, n = best.shape[1], len(keys)
-    exact = not costs.is_floating_point()
-    best, found = best.clone(), found.clone()
-    open_rows = torch.arange(len(queries), device=queries.device)
-    length = K + K // 2 + 16
-    while len(open_rows):
-        length = min(n, length)
-        tile = costs if len(open_rows) == len(costs) else costs[open_rows]
-        values, local = _smallest(tile, length)
-        if exact:
-            new = values.double() + shift[open_rows, None]
-        else:
-            new = _exact_costs(queries[open_rows], keys, local, index)
-        # Stable sorts: by index, then by cost, so that the lower index comes first on ties.
-        # A widened shortlist holds what an earlier one of this tile found: start from before it.
-        order = local.argsort(dim=1)
-        merged = torch.cat([best[open_rows], new.gather(1, order)], 1)
-        labels = torch.cat([found[open_rows], local.gather(1, order) + start], 1)
-        merged, order = merged.sort(dim=1, stable=True)
-        merged, labels = merged[:, :K], labels.gather(1, order)[:, :K]
-        outside = values[:, -1].double() + shift[open_rows] - error[open_rows]
-        certified = (outside > merged[:, -1]) | (length == n)
-        done = open_rows[certified]
-        best[done], found[done] = merged[certified], labels[certified]
-        open_rows = open_rows[~certified]
-        length *= 4
-    return best, found
+    error = factor * error + x.moved + y.moved.max()
+    error += 16 * x.unit * bias.abs().max() + 1e-12 * shift.abs() + 1e-36
+    return costs, error * 1.01, shift.double()
 
 
 def _smallest(costs: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -608,16 +639,15 @@ def _smallest(costs: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return values, members.gather(1, order)
 
 
-def _exact_costs(queries: Tensor, keys: Tensor, local: Tensor, index: ExactIndex) -> Tensor:
-    """Evaluate costs in float64: queries (M, D), keys (N, D), local (M, L) -> (M, L)."""
-    m, length = local.shape
-    d = keys.shape[1]
-    step = max(1, index.max_bytes // (32 * d * length))
-    out = torch.empty(m, length, dtype=torch.float64, device=keys.device)
+def _exact_costs(queries: Tensor, keys: _Keys, labels: Tensor, index: ExactIndex) -> Tensor:
+    """Evaluate costs in float64: queries (M, D), labels (M, L) of keys -> (M, L)."""
+    m, length = labels.shape
+    step = max(1, index.max_bytes // (64 * queries.shape[1] * length))
+    out = torch.empty(m, length, dtype=torch.float64, device=queries.device)
     for first in range(0, m, step):
         part = slice(first, first + step)
         x = queries[part, None].double()
-        y = keys[local[part]].double()
+        y = keys.some(labels[part]).double()
         if index.metric == "euclidean":
             out[part] = (x - y).square_().sum(2)
             continue
@@ -626,6 +656,7 @@ def _exact_costs(queries: Tensor, keys: Tensor, local: Tensor, index: ExactIndex
             norms = x.square().sum(2).sqrt() * y.square().sum(2).sqrt()
             cost = torch.where(norms > 0, cost / norms, 0.0)
         out[part] = cost
+    keys.release()
     return out
 
 
