@@ -539,7 +539,8 @@ def add_knn_flags(parser: argparse.ArgumentParser) -> None:
         "--vote",
         default="majority",
         choices=VOTES,
-        help="neighbors count the same (ties go to the nearer), or by 1 / distance",
+        help="neighbors count the same and ties go to the nearer (majority) or to the lowest class "
+        "(majority_lowest, as in scikit-learn), or they count by 1 / distance",
     )
     add(
         "--knn_features",

@@ -22,7 +22,7 @@ from layers.exact_search import DEFAULT_MAX_BYTES, METRICS, ExactIndex, merge_ov
 
 __all__ = ["VOTES", "KNNClassifier", "count_votes"]
 
-VOTES = ("majority", "distance")
+VOTES = ("majority", "majority_lowest", "distance")
 
 
 def count_votes(
@@ -35,16 +35,18 @@ def count_votes(
         labels: (M, K) classes of the neighbors.
         num_classes: C.
         metric: "euclidean", "cosine" or "dot".
-        vote: "majority" counts; "distance" weights a neighbor by 1 / distance (euclidean),
-            1 / (1 - similarity) (cosine) or its similarity, if positive (dot). Where neighbors lie
-            at distance 0, they alone vote; where no weight is positive, all count the same.
+        vote: "majority" counts, ties go to the class with the nearer neighbor; "majority_lowest"
+            counts, ties go to the lowest class, which is scikit-learn's rule and that of many
+            published tables; "distance" weights a neighbor by 1 / distance (euclidean),
+            1 / (1 - similarity) (cosine) or its similarity, if positive (dot). Where neighbors
+            lie at distance 0, they alone vote; where no weight is positive, all count the same.
 
     Returns:
-        Shares (M, C) that sum to 1; and scores (M, C), the same but for ties, which go to the
-        class with the nearer neighbor, and for classes without a vote, which are -inf.
+        Shares (M, C) that sum to 1; and scores (M, C), the same but for ties, which are broken
+        (by the nearer neighbor unless said otherwise), and for classes without a vote: -inf.
     """
     m, K = labels.shape
-    if vote == "majority":
+    if vote != "distance":
         weights = torch.ones_like(values, dtype=torch.float64)
     else:
         values = values.double()
@@ -63,7 +65,11 @@ def count_votes(
     # that is not rounding.
     rank = torch.arange(K, device=labels.device, dtype=torch.float64).expand(m, -1)
     first = torch.full_like(shares, K).scatter_reduce_(1, labels, rank, "amin")
-    scores = shares.mul(1e9).round().div(1e9) - first * (1e-10 / K)
+    if vote == "majority_lowest":
+        order = torch.arange(num_classes, device=labels.device) / num_classes
+    else:
+        order = first / K
+    scores = shares.mul(1e9).round().div(1e9) - order * 1e-10
     return shares.float(), scores.masked_fill(first == K, -torch.inf)
 
 
@@ -76,7 +82,8 @@ class KNNClassifier(nn.Module):
     Args:
         K: Number of neighbors, or several of them: all come from one search.
         metric: "cosine", "euclidean" or "dot".
-        vote: "majority" (ties go to the nearer) or "distance" (see :func:`count_votes`).
+        vote: "majority" (ties go to the nearer), "majority_lowest" or "distance", see
+            :func:`count_votes`.
         precision: "auto", or "float32": how products are taken; answers are the same.
         max_bytes: Working memory of a search, beside samples, queries and answers.
 

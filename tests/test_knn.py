@@ -64,6 +64,8 @@ def test_ties_go_to_the_nearer():
     y = torch.tensor([2, 0, 0, 2])
     model = KNNClassifier(K=(2, 3, 4), metric="euclidean").fit(x, y)
     assert model.predict(torch.zeros(1, 1), (2, 3, 4)).flatten().tolist() == [2, 0, 2]
+    lowest = KNNClassifier(K=(2, 3, 4), metric="euclidean", vote="majority_lowest").fit(x, y)
+    assert lowest.predict(torch.zeros(1, 1), (2, 3, 4)).flatten().tolist() == [0, 0, 0]
     shares = model.predict_proba(torch.zeros(1, 1), 4)
     assert shares.tolist() == [[0.5, 0, 0.5]]
 
@@ -251,7 +253,7 @@ def test_samples_sharded_over_two_processes(tmp_path):
         ({"K": 0}, "K must be one or more different numbers from 1 on"),
         ({"K": (3, 3)}, "K must be one or more different numbers from 1 on"),
         ({"metric": "l1"}, "metric must be one of"),
-        ({"vote": "loud"}, "vote must be one of majority, distance"),
+        ({"vote": "loud"}, "vote must be one of majority, majority_lowest, distance"),
     ],
 )
 def test_bad_options(options, words):
