@@ -262,6 +262,7 @@ void merge(int count, int K, int64_t base, const int64_t* names, Scratch& w, flo
 inline void update_row(const float* s, int n, const float* lanes, int num_lanes, int K, int spare, int64_t base,
                        const int64_t* names, Scratch& w, float* best, int64_t* index) {
   float floor = kth_largest(lanes, num_lanes, K + spare, w.copy);
+  if (spare) floor = std::max(floor, -std::numeric_limits<float>::max());  // not what is masked out
   if (index[K - 1] >= 0) {
     vf top = load(lanes);
     for (int i = VL; i < num_lanes; i += VL) top = vmax(load(lanes + i), top);
