@@ -241,7 +241,7 @@ class DynamicNeighbors(nn.Module):
             self._arranged[start:end] = arranged
         norms = self.kernel.summarize(arranged)
         self._norms[start:end] = norms
-        if norms.numel():
+        if norms.numel() and self.kernel.kernel_type != "cosine":
             self._max_norm = max(self._max_norm, float(norms.sum(dim=1).max()))
         if self.classification:
             self._columns[start:end] = 0
@@ -312,21 +312,28 @@ class DynamicNeighbors(nn.Module):
         return out, work
 
     def _accumulate(
-        self, voters, queries: Tensor, norms: Tensor, start: int, end: int, row: int = 0
+        self,
+        voters: InterpVotes | ConeVotes | TopKVotes,
+        queries: Tensor,
+        norms: Tensor,
+        start: int,
+        end: int,
+        rows: slice | None = None,
     ) -> None:
-        """Let the centers start..end vote on the queries from `row` on, block by block."""
+        """Let the centers start..end vote on some rows of the queries, block by block."""
         keys = self._arranged if self._arranged.shape[0] else self._centers
-        queries, norms = queries[row:], norms[row:]
-        rows = queries.shape[0]
+        rows = rows or slice(0, queries.shape[0])
+        queries, norms = queries[rows], norms[rows]
+        count = queries.shape[0]
         elements = _BLOCK_ELEMENTS.get(queries.device.type, _BLOCK_ELEMENTS_GPU)
-        block = max(512, elements // max(rows, 1))
+        block = max(512, elements // max(count, 1))
         for first in range(start, end, block):
             last = min(first + block, end)
-            out, work = self._buffers_for(rows, last - first)
+            out, work = self._buffers_for(count, last - first)
             distances = self.kernel.distances(
                 keys[first:last], self._norms[first:last], queries, norms, out=out, work=work
             )
-            voters.update(distances, self._columns[first:last], first, row)
+            voters.update(distances, self._columns[first:last], first, rows)
 
     def _finish(self, sums: Tensor) -> Tensor:
         """Normalise: class scores that sum to 1 (0 where nobody voted), or the weighted mean."""
@@ -428,15 +435,18 @@ class DynamicNeighbors(nn.Module):
             x, y = x[batch_size:], y[batch_size:]
         queries, norms = self.kernel.prepare_queries(x)
         voters = self._voters(queries, norms)
-        self._accumulate(voters, queries, norms, 0, self.num_centers)
+        known = self.num_centers
+        self._accumulate(voters, queries, norms, 0, known)
         for first in range(0, len(x), batch_size):
             last = min(first + batch_size, len(x))
+            # what the batches before this one have added
+            self._accumulate(voters, queries, norms, known, self.num_centers, slice(first, last))
             events.append(self._grow_batch(x, y, queries, norms, voters, first, last))
             outputs.append(self._finish(voters.result(self._columns, first, last)))
         return events, torch.cat(outputs) if outputs else self(x)
 
     def _grow_batch(self, x, y, queries, norms, voters, first: int, last: int) -> Growth:
-        """Grow by rows first..last; all rows from `first` on see the new centers."""
+        """Grow by rows first..last, for which all centers so far have been counted."""
         total = last - first
         added = rounds = 0
         while True:
@@ -452,7 +462,7 @@ class DynamicNeighbors(nn.Module):
             before = self.num_centers
             self._append(x[wrong], y[wrong])
             added += len(wrong)
-            self._accumulate(voters, queries, norms, before, self.num_centers, first)
+            self._accumulate(voters, queries, norms, before, self.num_centers, slice(first, last))
 
     def _right(self, sums: Tensor, y: Tensor) -> Tensor:
         """`correct`, straight from the sums: scaling does not change the best class."""

@@ -28,6 +28,7 @@ from layers.patches import (
     aggregate_part,
     aggregate_tiles,
     distances_of_part,
+    kernels,
     patch_norms,
     tile_bytes,
     tile_distances,
@@ -93,9 +94,25 @@ def _rounds_by_logs(logits: Tensor, weights: Tensor, saturation: float) -> None:
         alpha = alpha + change.log1p().scatter(-1, top, gone)
 
 
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
 def _relax_forward(logits: Tensor, K: int, saturation: float) -> Tensor:
     """Weights (R, K, O) of logits (R, O)."""
     weights = logits.new_empty(logits.shape[0], K, logits.shape[1])
+    logits = logits.contiguous()
+    lib = kernels(logits) if saturation == SATURATION else None
+    if lib is not None:
+        first = torch.softmax(logits, -1)
+        left = torch.empty(len(first), dtype=torch.uint8)
+        pointers = [t.data_ptr() for t in (first, weights, left)]
+        if lib.relaxed_forward(*pointers, *first.shape[:1], K, first.shape[1], _threads()):
+            rows = left.nonzero()[:, 0]
+            again = weights.new_empty(len(rows), *weights.shape[1:])
+            _rounds_by_logs(logits[rows], again, saturation)
+            weights[rows] = again
+        return weights
     fast = logits.device.type == "cpu" and logits.dtype == torch.float32
     # It looks at numbers to decide, which a compiled graph cannot.
     fast = fast and saturation == SATURATION and not torch.compiler.is_compiling()
@@ -137,7 +154,14 @@ class _RelaxedSelection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
-        out = torch.empty_like(weights[:, 0])
+        r, k, n = weights.shape
+        out = weights.new_empty(r, n)
+        grad = grad.contiguous()
+        lib = kernels(weights, grad)
+        if lib is not None:
+            pointers = [t.data_ptr() for t in (weights, grad, out)]
+            lib.relaxed_backward(*pointers, r, k, n, _threads())
+            return out, None, None
         step = max(1, CHUNK_ROWS // max(1, weights.shape[2]))
         for i in range(0, len(out), step):
             out[i : i + step] = _relax_backward(weights[i : i + step], grad[i : i + step])

@@ -20,6 +20,7 @@ d) key blocks of a tile, (p, q) query patches and (u, v) key patches of a tile, 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,9 +29,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers import native
+
 __all__ = ["PatchGrid", "WindowTiles", "aggregate_tiles", "tile_distances"]
 
 CHUNK_BYTES = 8 * 2**20  # intermediate products alive at a time; about what stays in cache
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    """Set the argument types of `csrc/relaxed.cpp`."""
+    if lib.relaxed_abi() != 1:
+        raise OSError("another version of the kernels")
+    pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.relaxed_forward.argtypes = [pointer] * 3 + [number] * 3 + [threads]
+    lib.relaxed_forward.restype = number
+    lib.relaxed_backward.argtypes = [pointer] * 3 + [number] * 3 + [threads]
+    lib.relaxed_backward.restype = None
+    lib.spread_tiles.argtypes = [pointer] * 3 + [number] * 7 + [threads]
+    lib.spread_tiles.restype = None
+    lib.sum_tiles.argtypes = [pointer] * 2 + [number] * 6 + [threads]
+    lib.sum_tiles.restype = None
+
+
+def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
+    """Return the compiled kernels if they exist here and can take these tensors."""
+    if torch.compiler.is_compiling():
+        return None
+    for t in tensors:
+        if t is not None and (
+            t.device.type != "cpu" or t.dtype != torch.float32 or not t.is_contiguous()
+        ):
+            return None
+    return native.optional("relaxed", _declare, ("-fopenmp-simd",))
 
 
 def write_out(operation: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -149,20 +179,48 @@ class PatchGrid:
         b, g, k, f = y.shape
         height, width = self.padded
         top, _, left, _ = self.pads
-        scale = 1 / self.counts(y.device, y.dtype)
         if self.patch % self.stride:
             columns = y.permute(0, 2, 3, 1).reshape(b, k * f, g)
-            images = F.fold(columns, (height, width), self.patch, stride=self.stride) * scale
+            images = F.fold(columns, (height, width), self.patch, stride=self.stride)
+            images = images / self.counts(y.device, y.dtype)
         else:
-            s, g1, g2 = self.stride, self.block_rows, self.block_cols
-            y = y.view(b, g1, g2, k, channels, s, s).permute(0, 3, 4, 1, 5, 2, 6)
-            scale = scale.view(g1, 1, g2, 1)
-            if torch.is_grad_enabled() and y.requires_grad:
-                images = (y * scale).reshape(b, k * channels, height, width)
-            else:  # one pass, into the layout of images
-                images = y.new_empty(b, k * channels, height, width)
-                write_out(torch.mul, y, scale, images.view(b, k, channels, g1, s, g2, s))
+            images = _BlocksToImages.apply(y, self, channels)
         return images[:, :, top : top + self.height, left : left + self.width]
+
+
+class _BlocksToImages(torch.autograd.Function):
+    """Rows of blocks (B, G, K, F) over their counts as images (B, K·C, Hp, Wp), in one pass."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, grid: PatchGrid, channels: int) -> Tensor:
+        ctx.grid, ctx.channels = grid, channels
+        out = y.new_empty(y.shape[0], y.shape[2] * channels, *grid.padded)
+        _scale_between(y, out, grid, channels, back=False)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grid, c = ctx.grid, ctx.channels
+        b, channels = grad.shape[:2]
+        g, s = grid.block_rows * grid.block_cols, grid.stride
+        out = grad.new_empty(b, g, channels // c, c * s * s)
+        _scale_between(out, grad.contiguous(), grid, c, back=True)
+        return out, None, None
+
+
+def _scale_between(
+    rows: Tensor, images: Tensor, grid: PatchGrid, channels: int, back: bool
+) -> None:
+    """Fill images from rows, or `back` rows from images, dividing by the counts of blocks."""
+    b, _, k, _ = rows.shape
+    s, g1, g2 = grid.stride, grid.block_rows, grid.block_cols
+    rows = rows.view(b, g1, g2, k, channels, s, s).permute(0, 3, 4, 1, 5, 2, 6)
+    images = images.view(b, k, channels, g1, s, g2, s)
+    scale = (1 / grid.counts(rows.device, rows.dtype)).view(g1, 1, g2, 1)
+    if back:
+        write_out(torch.mul, images, scale, rows)
+    else:
+        write_out(torch.mul, rows, scale, images)
 
 
 def _axis_tiles(n: int, window: int, ratio: int) -> tuple[list[int], list[int], int, int]:
@@ -333,21 +391,32 @@ class TileIndices:
 # across): axes -5 and -2 move together down the image, -4 and -1 across.
 
 
-def _diagonal_sum(x: Tensor, axis: int, ratio: int) -> Tensor:
+def _diagonal_sum(x: Tensor, axis: int, ratio: int, out: Tensor | None = None) -> Tensor:
     """Sum `ratio` diagonal steps of axes `axis` and `axis` + 3."""
     n, m = x.shape[axis] - ratio + 1, x.shape[axis + 3] - ratio + 1
     parts = [x.narrow(axis, i, n).narrow(axis + 3, i, m) for i in range(ratio)]
-    out = parts[0] + parts[1]
+    if out is None:
+        out = parts[0] + parts[1]
+    else:
+        write_out(torch.add, parts[0], parts[1], out)
     for part in parts[2:]:
         out += part
     return out
 
 
-def diagonal_sum(x: Tensor, ratio: int) -> Tensor:
+def diagonal_sum(x: Tensor, ratio: int, out: Tensor | None = None) -> Tensor:
     """Sum r × r diagonal steps: (…, a, b, K, c, d) -> (…, p, q, K, u, v) with p = a - r + 1."""
     if ratio == 1:
-        return x
-    return _diagonal_sum(_diagonal_sum(x, -5, ratio), -4, ratio)
+        return x if out is None else out.copy_(x)
+    lib = kernels(x, out) if ratio == 2 else None
+    if lib is not None:
+        *lead, a, b, k, c, d = x.shape
+        shape = (a - 1, b - 1, k, c - 1, d - 1)
+        out = x.new_empty(*lead, *shape) if out is None else out
+        threads = torch.get_num_threads()
+        lib.sum_tiles(x.data_ptr(), out.data_ptr(), math.prod(lead), *shape, threads)
+        return out
+    return _diagonal_sum(_diagonal_sum(x, -5, ratio), -4, ratio, out)
 
 
 def _diagonal_spread(x: Tensor, axis: int, ratio: int) -> Tensor:
@@ -379,8 +448,22 @@ def _diagonal_spread(x: Tensor, axis: int, ratio: int) -> Tensor:
     return out
 
 
-def diagonal_spread(x: Tensor, ratio: int) -> Tensor:
-    """Adjoint of `diagonal_sum`: (…, p, q, K, u, v) -> (…, a, b, K, c, d), contiguous."""
+def diagonal_spread(x: Tensor, ratio: int, fresh: Tensor | None = None) -> Tensor:
+    """Adjoint of `diagonal_sum`: (…, p, q, K, u, v) -> (…, a, b, K, c, d), contiguous.
+
+    `fresh` (T, p, q), for x (B, T, p, q, K, u, v): factors 0 or 1 of the queries.
+    """
+    lib = kernels(x, fresh) if ratio == 2 else None
+    if lib is not None:
+        *lead, p, q, k, u, v = x.shape
+        out = x.new_empty(*lead, p + 1, q + 1, k, u + 1, v + 1)
+        mask = None if fresh is None else fresh.data_ptr()
+        tiles, same = math.prod(lead), 1 if fresh is None else len(fresh)
+        threads = torch.get_num_threads()
+        lib.spread_tiles(x.data_ptr(), mask, out.data_ptr(), tiles, same, p, q, k, u, v, threads)
+        return out
+    if fresh is not None:
+        x = x * fresh[..., None, None, None]
     if ratio == 1:
         return x.contiguous()
     return _diagonal_spread(_diagonal_spread(x, -5, ratio), -4, ratio)
@@ -471,61 +554,78 @@ def tile_distances(blocks: Tensor, tiles: WindowTiles) -> Tensor:
 
 def _spread_weights(weights: Tensor, part: TileIndices, ratio: int) -> Tensor:
     """Weights of patches (B, T, p, q, K, u, v) as weights of blocks (B, T, ab·K, cd)."""
-    if part.fresh is not None:
-        weights = weights * part.fresh[..., None, None, None]
-    return diagonal_spread(weights, ratio).flatten(5).flatten(2, 4)
+    return diagonal_spread(weights, ratio, part.fresh).flatten(5).flatten(2, 4)
 
 
 def aggregate_part(
     weights: Tensor, blocks: Tensor, part: TileIndices, ratio: int, out: Tensor
-) -> None:
-    """Add the sums of some tiles under weights (B, T, p, q, K, u, v) to `out` (B, G, K·F)."""
+) -> Tensor:
+    """Add the sums of some tiles under weights (B, T, p, q, K, u, v) to `out` (B, G, K·F).
+
+    Where one tile is the whole grid, `out` is overwritten. Returns the spread weights.
+    """
     b, t = weights.shape[:2]
     spread = _spread_weights(weights, part, ratio)
-    sums = torch.matmul(spread, part.take(blocks, part.key_blocks))  # (B, T, ab·K, F)
-    part.put(out, part.query_blocks, sums.view(b, t, -1, out.shape[-1]))
+    if part.whole:
+        out = out.view(b, -1, blocks.shape[-1])
+        write_out(torch.matmul, spread[:, 0], blocks, out)
+    else:
+        sums = torch.matmul(spread, part.take(blocks, part.key_blocks))  # (B, T, ab·K, F)
+        part.put(out, part.query_blocks, sums.view(b, t, -1, out.shape[-1]))
+    return spread
 
 
 class _AggregateTiles(torch.autograd.Function):
-    """Sums of blocks under weights; saves weights and blocks, forms the spread weights anew."""
+    """Sums of blocks under weights; saves weights and blocks (spread weights if that is all)."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, blocks: Tensor, tiles: WindowTiles) -> Tensor:
-        ctx.save_for_backward(weights, blocks)
         ctx.tiles = tiles
         b, g, f = blocks.shape
         k = weights.shape[4]
-        out = blocks.new_zeros(b, g, k * f)
-        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k)):
+        out = blocks.new_zeros(b, g, k * f) if tiles.count > 1 else blocks.new_empty(b, g, k * f)
+        ctx.spread = tiles.count == 1
+        kept = [
             aggregate_part(weights[s, i:j], blocks[s], tiles.part(i, j), tiles.ratio, out[s])
+            for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k))
+        ]
+        # On a small grid they cost little more than the weights themselves.
+        ctx.save_for_backward(blocks, *(kept if ctx.spread else [weights]))
         return out.view(b, g, k, f)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weights, blocks = ctx.saved_tensors
+        blocks, *kept = ctx.saved_tensors
         tiles: WindowTiles = ctx.tiles
         b, g, f = blocks.shape
-        k = weights.shape[4]
+        k = grad.shape[2]
         want_weights, want_blocks = ctx.needs_input_grad[:2]
-        grad_weights = torch.empty_like(weights) if want_weights else None
-        grad_blocks = torch.zeros_like(blocks) if want_blocks else None
-        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k)):
+        grad_weights, grad_blocks = None, None
+        if want_weights:
+            shape = (b, tiles.count, *tiles.query_shape, k, *tiles.key_shape)
+            grad_weights = blocks.new_empty(shape)
+        if want_blocks:
+            grad_blocks = torch.zeros_like(blocks)
+        pieces = tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k))
+        for number, (s, i, j) in enumerate(pieces):
             part = tiles.part(i, j)
             t, n1, n2 = part.query_blocks.shape
             _, k1, k2 = part.key_blocks.shape
             here = part.take(grad[s].reshape(-1, g, k * f), part.query_blocks)
             here = here.reshape(-1, t, n1 * n2 * k, f)
             if want_blocks:
-                spread = _spread_weights(weights[s, i:j], part, tiles.ratio)
+                if ctx.spread:
+                    spread = kept[number]
+                else:
+                    spread = _spread_weights(kept[0][s, i:j], part, tiles.ratio)
                 part.put(grad_blocks[s], part.key_blocks, spread.transpose(-1, -2) @ here)
                 del spread
             if want_weights:
                 products = here @ part.take(blocks[s], part.key_blocks).transpose(-1, -2)
                 products = products.view(-1, t, n1, n2, k, k1, k2)
-                products = diagonal_sum(products, tiles.ratio)
+                diagonal_sum(products, tiles.ratio, grad_weights[s, i:j])
                 if part.fresh is not None:
-                    products = products * part.fresh[..., None, None, None]
-                grad_weights[s, i:j] = products
+                    grad_weights[s, i:j] *= part.fresh[..., None, None, None]
         return grad_weights, grad_blocks, None
 
 

@@ -1,8 +1,8 @@
 """Votes: what centers, counted block by block, say about each query.
 
 An accumulator sees the distances of some queries to one block of centers after the other, and
-then tells the weighted sum of the centers' values. Blocks may be counted for the later queries
-only (`row`): centers that were added when the earlier ones had been dealt with.
+then tells the weighted sum of the centers' values. A block may be counted for some `rows` of the
+queries only, if all that are asked for together have seen the same centers.
 
 Symbols: B queries, N centers, V columns of values, K voters.
 """
@@ -30,15 +30,15 @@ class InterpVotes:
         self.sums = queries.new_zeros(queries.shape[0], columns)
         self.nearest = queries.new_full((queries.shape[0], 1), float("inf"))
 
-    def update(self, distances: Tensor, columns: Tensor, offset: int, row: int) -> None:
-        """Count a block of centers from number `offset` on, for the rows from `row` on."""
+    def update(self, distances: Tensor, columns: Tensor, offset: int, rows: slice) -> None:
+        """Count a block of centers from number `offset` on, for some rows of the queries."""
         if self.safe:
-            self.sums[row:].addmm_(power_(distances, self.exponent), columns)
+            self.sums[rows].addmm_(power_(distances, self.exponent), columns)
             return
-        nearest = torch.minimum(self.nearest[row:], distances.amin(dim=1, keepdim=True))
-        self.sums[row:].mul_(power_(self.nearest[row:] / nearest, self.exponent))
-        self.sums[row:].addmm_(power_(distances.div_(nearest), self.exponent), columns)
-        self.nearest[row:] = nearest
+        nearest = torch.minimum(self.nearest[rows], distances.amin(dim=1, keepdim=True))
+        self.sums[rows].mul_(power_(self.nearest[rows] / nearest, self.exponent))
+        self.sums[rows].addmm_(power_(distances.div_(nearest), self.exponent), columns)
+        self.nearest[rows] = nearest
 
     def result(self, columns: Tensor, first: int, last: int) -> Tensor:
         """Return the sums of rows first..last, (rows, V)."""
@@ -50,15 +50,19 @@ class ConeVotes:
 
     def __init__(self, kernel: DistanceKernel) -> None:
         self.kernel = kernel
-        self.blocks: list[tuple[int, int, Tensor]] = []
+        self.blocks: list[tuple[int, slice, Tensor]] = []
 
-    def update(self, distances: Tensor, columns: Tensor, offset: int, row: int) -> None:
-        """Count a block of centers from number `offset` on, for the rows from `row` on."""
-        self.blocks.append((offset, row, distances.clone()))
+    def update(self, distances: Tensor, columns: Tensor, offset: int, rows: slice) -> None:
+        """Count a block of centers from number `offset` on, for some rows of the queries."""
+        self.blocks.append((offset, rows, distances.clone()))
 
     def weights(self, first: int, last: int) -> Tensor:
-        """Return the weights of all counted centers for some rows."""
-        blocks = [block[first - row : last - row] for _, row, block in self.blocks]
+        """Return the weights of all centers that were counted for some rows."""
+        blocks = [
+            block[first - rows.start : last - rows.start]
+            for _, rows, block in self.blocks
+            if rows.start <= first and last <= rows.stop
+        ]
         return self.kernel.weights(torch.cat(blocks, dim=1))
 
     def result(self, columns: Tensor, first: int, last: int) -> Tensor:
@@ -75,17 +79,17 @@ class TopKVotes:
         self.distances = queries.new_full((queries.shape[0], K), float("inf"))  # inf: weight 0
         self.indices = torch.zeros(self.distances.shape, dtype=torch.int64, device=queries.device)
 
-    def update(self, distances: Tensor, columns: Tensor, offset: int, row: int) -> None:
-        """Count a block of centers from number `offset` on, for the rows from `row` on."""
+    def update(self, distances: Tensor, columns: Tensor, offset: int, rows: slice) -> None:
+        """Count a block of centers from number `offset` on, for some rows of the queries."""
         if self.K == 1:
             best, where = distances.min(dim=1, keepdim=True)
         else:
             best, where = topk_rows(distances, min(self.K, distances.shape[1]), largest=False)
-        best = torch.cat([self.distances[row:], best], dim=1)
-        where = torch.cat([self.indices[row:], where + offset], dim=1)
+        best = torch.cat([self.distances[rows], best], dim=1)
+        where = torch.cat([self.indices[rows], where + offset], dim=1)
         best, order = best.sort(dim=1, stable=True)
-        self.distances[row:] = best[:, : self.K]
-        self.indices[row:] = where.gather(1, order[:, : self.K])
+        self.distances[rows] = best[:, : self.K]
+        self.indices[rows] = where.gather(1, order[:, : self.K])
 
     def result(self, columns: Tensor, first: int, last: int) -> Tensor:
         """Return the weighted sums of rows first..last, (rows, V)."""
