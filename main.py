@@ -1562,7 +1562,7 @@ def train(
     balanced = args.batch_size if args.model == "dynamic" and args.balanced_first_batch else 0
     train_loader = build_loader(data.train, shuffle=True, balanced=balanced, **options)
     train_eval_loader = None
-    if args.model == "dynamic" and args.eval_train:
+    if args.model == "dynamic" and args.eval_train and data.train is not data.test:
         train_eval_loader = build_loader(data.train, **options)
     num_epochs = getattr(trainer.model, "num_stages", args.num_epochs)
     eval_loader = build_loader(data.val or data.test, **options)
