@@ -375,9 +375,14 @@ def _center(keys: _Keys, metric: str) -> Tensor:
 
 
 def _library() -> ctypes.CDLL | None:
-    """Load csrc/exact_search.cpp if it can be compiled and the processor has what it needs."""
-    library = native.optional("exact_search", _declare, ("-fopenmp-simd", "-fno-trapping-math"))
+    """Return the compiled search where the processor has fast 8-bit products."""
+    library = _helpers()
     return library if library is not None and library.es_supported() else None
+
+
+def _helpers() -> ctypes.CDLL | None:
+    """Load csrc/exact_search.cpp if it can be compiled, for the parts that run anywhere."""
+    return native.optional("exact_search", _declare, ("-fopenmp-simd", "-fno-trapping-math"))
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -387,6 +392,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.es_pack.argtypes = [pointer, integer, number, number, integer, integer, *[pointer] * 3]
     library.es_pack.argtypes += [integer]
     library.es_scan.argtypes = [*[pointer] * 4, number, number]
+    library.es_select.argtypes = [pointer, *[number] * 3, pointer, ctypes.c_float, number]
+    library.es_select.argtypes += [pointer, pointer, number, integer]
+    library.es_costs.argtypes = [pointer, integer, number, number, pointer, pointer, number]
+    library.es_costs.argtypes += [integer, pointer, integer]
     library.es_finish.argtypes, library.es_finish.restype = [pointer] * 3, None
     library.es_free.argtypes, library.es_free.restype = [pointer], None
     library.es_evaluated.argtypes, library.es_evaluated.restype = [pointer], number
@@ -567,10 +576,35 @@ def _shortlist(
     labels = torch.zeros(m, length, dtype=torch.int64, device=device)
     error = torch.zeros(m, dtype=torch.float64, device=device)
     shift = torch.zeros(m, dtype=torch.float64, device=device)
+    library = _helpers() if mode == "float32" and device.type == "cpu" else None
+    products = torch.empty(rows, size) if library is not None else None
     for start, key_rows in keys.chunks(size):
         y = _LowPrecision(key_rows, mean, index.metric, mode)
         for first in range(0, m, rows):
             part = slice(first, first + rows)
+            if library is not None:
+                some = x.part(part)
+                tile_rows, count = len(some.low), len(key_rows)
+                out = products.view(-1)[: tile_rows * count].view(tile_rows, count)
+                torch.mm(some.low, y.low.T, out=out)
+                bias, factor, bound, shift[part] = _bound(some, y, mean, index.metric, mode)
+                bias = bias.float().contiguous()
+                error[part] = torch.maximum(error[part], bound)
+                state = library.es_select(
+                    out.data_ptr(),
+                    tile_rows,
+                    count,
+                    count,
+                    bias.data_ptr(),
+                    factor,
+                    start,
+                    values[part].data_ptr(),
+                    labels[part].data_ptr(),
+                    length,
+                    torch.get_num_threads(),
+                )
+                _check(state)
+                continue
             costs, bound, shift[part] = _approximate(x.part(part), y, mean, index.metric, mode)
             error[part] = torch.maximum(error[part], bound)
             new, local = _smallest(costs, min(length, len(key_rows)))
@@ -588,7 +622,6 @@ def _approximate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return costs (M, N) less a shift (M,), a bound (M,) on their error, and the shift."""
     d = x.low.shape[1]
-    factor = 2 if metric == "euclidean" else 1
     if mode == "integer":
         products = torch._int_mm(x.low, y.low.T)
         low = y.low.int()
@@ -600,23 +633,33 @@ def _approximate(
             costs = products.neg_() - offset * low.sum(1, dtype=torch.int32)
             shift = -offset * (x.low.sum(1, dtype=torch.int64) + offset * d).double()
         return costs, torch.zeros_like(shift), shift
-    if metric == "euclidean":
-        bias, shift = y.square, x.square
-    else:  # x·y = x~·y~ + mean·y~ + x·mean, with ~ for centered rows
-        bias, shift = -y.along, -(x.along + mean.square().sum())
+    bias, factor, error, shift = _bound(x, y, mean, metric, mode)
     if mode == "int8":
         costs = torch._int_mm(x.low, y.low.T).float()
         costs.mul_(y.scale).mul_(x.scale[:, None] * -factor).add_(bias.float())
-        rounding = 16 * x.unit
     else:
         costs = torch.addmm(bias.to(y.low.dtype), x.low, y.low.T, alpha=-factor)
-        rounding = (d + 16) * x.unit
+    return costs, error, shift
+
+
+def _bound(
+    x: _LowPrecision, y: _LowPrecision, mean: Tensor, metric: str, mode: str
+) -> tuple[Tensor, int, Tensor, Tensor]:
+    """Return bias (N,), factor, bound, shift (M,): |cost - bias + factor x·y - shift| <= bound.
+
+    Here x·y is the product of the low-precision rows, with all the rounding it may have.
+    """
+    if metric == "euclidean":
+        bias, shift, factor = y.square, x.square, 2
+    else:  # x·y = x~·y~ + mean·y~ + x·mean, with ~ for centered rows
+        bias, shift, factor = -y.along, -(x.along + mean.square().sum()), 1
+    rounding = 16 if mode == "int8" else x.low.shape[1] + 16
     longest = (y.norm + y.residual).max()
     error = x.residual * longest + x.norm * y.residual.max()
-    error += rounding * (x.norm + x.residual) * longest
+    error += rounding * x.unit * (x.norm + x.residual) * longest
     error = factor * error + x.moved + y.moved.max()
     error += 16 * x.unit * bias.abs().max() + 1e-12 * shift.abs() + 1e-36
-    return costs, error * 1.01, shift.double()
+    return bias, factor, error * 1.01, shift.double()
 
 
 def _smallest(costs: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -642,6 +685,25 @@ def _smallest(costs: Tensor, K: int) -> tuple[Tensor, Tensor]:
 def _exact_costs(queries: Tensor, keys: _Keys, labels: Tensor, index: ExactIndex) -> Tensor:
     """Evaluate costs in float64: queries (M, D), labels (M, L) of keys -> (M, L)."""
     m, length = labels.shape
+    library = _helpers() if queries.device.type == "cpu" and not keys.copies else None
+    if library is not None:
+        out = torch.empty(m, length, dtype=torch.float64)
+        labels = labels.contiguous()
+        state = library.es_costs(
+            queries.data_ptr(),
+            _TYPE_CODES[keys.dtype],
+            m,
+            queries.shape[1],
+            keys.data.data_ptr(),
+            labels.data_ptr(),
+            length,
+            METRICS.index(index.metric),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        _check(state)
+        keys.release()
+        return out
     step = max(1, index.max_bytes // (64 * queries.shape[1] * length))
     out = torch.empty(m, length, dtype=torch.float64, device=queries.device)
     for first in range(0, m, step):

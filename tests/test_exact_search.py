@@ -7,7 +7,7 @@ import torch
 from layers import exact_search as module
 from layers.exact_search import METRICS, ExactIndex, exact_search, merge_neighbors
 
-PATHS = ("compiled", "int8", "float32", "float64")
+PATHS = ("compiled", "int8", "float32", "plain float32", "float64")
 
 
 @pytest.fixture
@@ -21,6 +21,8 @@ def take(monkeypatch):
             return
         monkeypatch.setattr(module, "_library", lambda: None)
         monkeypatch.setattr(module, "_int_mm_pays", lambda: path == "int8")
+        if path != "float32":
+            monkeypatch.setattr(module, "_helpers", lambda: None)
         if path == "float64":
             search = module._search_torch
             monkeypatch.setattr(module, "_search_torch", lambda *a: search(*a[:4], "float64"))

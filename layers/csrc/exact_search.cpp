@@ -134,6 +134,12 @@ double exact_cost_any(const Search& h, int64_t i, const void* rows, int type, in
   }
 }
 
+void prefetch_row(const Search& h, const void* rows, int type, int64_t j) {
+  const int64_t bytes = h.d * (type == kF32 ? 4 : type == kF64 ? 8 : 1);
+  const char* p = static_cast<const char*>(rows) + j * bytes;
+  for (int64_t b = 0; b < std::min<int64_t>(bytes, 4096); b += 64) __builtin_prefetch(p + b);
+}
+
 void offer(std::vector<Best>& heap, size_t K, Best b) {
   if (heap.size() < K) {
     heap.push_back(b);
@@ -367,12 +373,6 @@ double exact_bound(const Search& h, int64_t i) {
   if (best.size() < size_t(h.K)) return std::numeric_limits<double>::infinity();
   const double worst = best.front().first * h.unit[i];
   return worst - h.shift[i] + (std::fabs(worst) + std::fabs(h.shift[i])) * 1e-13;
-}
-
-void prefetch_row(const Search& h, const void* rows, int type, int64_t j) {
-  const int64_t bytes = h.d * (type == kF32 ? 4 : type == kF64 ? 8 : 1);
-  const char* p = static_cast<const char*>(rows) + j * bytes;
-  for (int64_t b = 0; b < std::min<int64_t>(bytes, 4096); b += 64) __builtin_prefetch(p + b);
 }
 
 // Exact costs of (at most `most`) survivors, most promising first, until no lower bound reaches the K-th exact cost.
@@ -689,6 +689,72 @@ int es_scan(void* handle, const uint8_t* packed, const float* meta, const void* 
 #else
   return 3;
 #endif
+}
+
+// Keeps the `length` smallest of cost_ij = bias_j - factor * products_ij over stretches of keys, in portable code.
+// products (m, n) with rows `stride` apart; values (m, length): heaps, largest first, infinite where empty;
+// labels (m, length): start + j.
+int es_select(const float* products, int64_t m, int64_t n, int64_t stride, const float* bias, float factor,
+              int64_t start, float* values, int64_t* labels, int64_t length, int threads) {
+  constexpr int kBlock = 64;
+  bool done = parallel(threads, (m + 15) / 16, [&](int64_t job) {
+    float cost[kBlock];
+    for (int64_t i = job * 16; i < std::min(m, job * 16 + 16); ++i) {
+      const float* row = products + i * stride;
+      float* heap = values + i * length;
+      int64_t* label = labels + i * length;
+      for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
+        const int count = int(std::min<int64_t>(kBlock, n - j0));
+        const float bound = heap[0];
+        int below = 0;
+        for (int j = 0; j < count; ++j) {
+          cost[j] = bias[j0 + j] - factor * row[j0 + j];
+          below += cost[j] < bound;
+        }
+        if (below == 0) continue;
+        for (int j = 0; j < count; ++j) {
+          const float c = cost[j];
+          if (!(c < heap[0])) continue;
+          int64_t hole = 0;  // replace the largest, sift down
+          for (int64_t child; (child = 2 * hole + 1) < length; hole = child) {
+            if (child + 1 < length && heap[child + 1] > heap[child]) ++child;
+            if (!(heap[child] > c)) break;
+            heap[hole] = heap[child];
+            label[hole] = label[child];
+          }
+          heap[hole] = c;
+          label[hole] = start + j0 + j;
+        }
+      }
+    }
+  });
+  return done ? 0 : 2;
+}
+
+// Costs in float64 of the keys named by labels (m, length) of rows (n, d); all of the queries' type.
+int es_costs(const void* queries, int type, int64_t m, int64_t d, const void* rows, const int64_t* labels,
+             int64_t length, int metric, double* out, int threads) {
+  Search h;
+  h.m = m;
+  h.d = d;
+  h.metric = metric;
+  h.queries = queries;
+  h.norm.assign(m, 0.0);
+  bool done = parallel(threads, (m + 15) / 16, [&](int64_t job) {
+    for (int64_t i = job * 16; i < std::min(m, job * 16 + 16); ++i) {
+      switch (type) {
+        case kF32: h.norm[i] = std::sqrt(squared_norm((const float*)queries + i * d, d)); break;
+        case kF64: h.norm[i] = std::sqrt(squared_norm((const double*)queries + i * d, d)); break;
+        case kU8: h.norm[i] = std::sqrt(squared_norm((const uint8_t*)queries + i * d, d)); break;
+        default: h.norm[i] = std::sqrt(squared_norm((const int8_t*)queries + i * d, d));
+      }
+      for (int64_t l = 0; l < length; ++l) {
+        if (l + 1 < length) prefetch_row(h, rows, type, labels[i * length + l + 1]);
+        out[i * length + l] = exact_cost_any(h, i, rows, type, labels[i * length + l]);
+      }
+    }
+  });
+  return done ? 0 : 2;
 }
 
 // How many pairs have been evaluated in float64 so far.
