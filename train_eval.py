@@ -615,7 +615,12 @@ class _Averages:
         return {name: (total / self.count).item() for name, total in self.sums.items()}
 
 
-def _progress(loader: DataLoader, text: str, limit: int | None) -> Iterator[Any]:
+def _progress(
+    loader: DataLoader,
+    text: str,
+    limit: int | None,
+    show: Callable[[], dict[str, float]] | None = None,
+) -> Iterator[Any]:
     """Iterate with a bar where a person is watching, and with none in a log file."""
     total = len(loader) if limit is None else min(limit, len(loader))
     bar = tqdm(loader, desc=text, total=total, leave=False, disable=None, dynamic_ncols=True)
@@ -623,6 +628,8 @@ def _progress(loader: DataLoader, text: str, limit: int | None) -> Iterator[Any]
         if index == total:
             break
         yield batch
+        if show is not None and not bar.disable:
+            bar.set_postfix(show())
     bar.close()
 
 
@@ -635,7 +642,8 @@ def train_one_epoch(
     """Train for one epoch; return metrics averaged over samples, and ``samples``."""
     trainer.model.train()
     averages, step = _Averages(), 0
-    for step, batch in enumerate(_progress(loader, f"epoch {epoch}", max_steps), start=1):
+    batches = _progress(loader, f"epoch {epoch}", max_steps, trainer.columns)
+    for step, batch in enumerate(batches, start=1):
         averages.add(trainer.step(batch))
         if step % CHECK_EVERY == 0:
             trainer.check(epoch, step)
