@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["NativeError", "build", "library", "optional", "pointer", "status"]
+__all__ = ["NativeError", "build", "library", "optional", "pointer", "run", "status", "usable"]
 
 SOURCES = Path(__file__).parent / "csrc"
 ABI = 2
@@ -218,3 +218,13 @@ def usable(*tensors: Tensor | None) -> bool:
         all(t is None or (t.device.type == "cpu" and t.dtype in kinds) for t in tensors)
         and library() is not None
     )
+
+
+def run(function: Callable[..., int], *args: Tensor | float | None) -> None:
+    """Run a kernel on tensors (contiguous, kept alive here) and numbers, on torch's threads."""
+    raw = [pointer(a) if isinstance(a, Tensor) else a for a in args]
+    code = function(*raw, torch.get_num_threads())
+    if code == 2:
+        raise IndexError("a neighbor index is out of range")
+    if code:
+        raise MemoryError("a neighbor kernel ran out of memory")

@@ -301,44 +301,57 @@ TRAINED = {
 }
 
 
+def train_step(model, optimizer, x, target, device):
+    synchronize(device)
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), target).backward()
+    optimizer.step()
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
 def train(args):
-    """Training steps of VGG11 on random images of CIFAR-10's size, all layers taking turns."""
+    """Training steps of VGG11 on random images of CIFAR-10's size.
+
+    Each layer takes turns with Conv2d, and is divided by the Conv2d steps around its own.
+    """
     from models.vgg import VGG
 
     x = torch.randn(args.batch_size, 3, 32, 32, device=args.device)
     target = torch.randint(10, (args.batch_size,), device=args.device)
-    runs = {}
-    for name, (layer, options) in TRAINED.items():
-        if args.only and not any(word in name for word in args.only):
-            continue
+
+    def build_vgg(layer, options):
         torch.manual_seed(0)
-        builder = partial(LAYERS[layer], **({"K": K} | options if layer != "Conv2d" else {}))
-        if layer == "Conv2d":
-            builder = partial(LAYERS[layer], kernel_size=3)
-        model = VGG(layer=builder).to(args.device)
-        runs[name] = (model, torch.optim.SGD(model.parameters(), lr=1e-3))
-    times = {name: [] for name in runs}
-    for turn in range(args.repeats + 1):
-        for name, (model, optimizer) in runs.items():
-            synchronize(args.device)
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), target).backward()
-            optimizer.step()
-            synchronize(args.device)
-            if turn:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    base = statistics.median(times["Conv2d"])
+        fixed = {"kernel_size": 3} if layer == "Conv2d" else {"K": K}
+        model = VGG(layer=partial(LAYERS[layer], **fixed, **options)).to(args.device)
+        return model, torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    base = build_vgg(*TRAINED["Conv2d"])
     rows = []
     print(f"VGG11, batch {args.batch_size}, one training step (forward, backward, SGD)")
-    print("| layer | ms (quartiles) | x Conv2d |")
-    print("|---|---|---|")
-    for name, values in times.items():
-        median, low, high = summary(sorted(values))
-        print(f"| {name} | {median:.0f} ({low:.0f}-{high:.0f}) | {median / base:.2f} |")
+    print("| layer | ms (quartiles) | Conv2d beside it, ms | ratio |")
+    print("|---|---|---|---|")
+    for name, (layer, options) in TRAINED.items():
+        if layer == "Conv2d" or (args.only and not any(word in name for word in args.only)):
+            continue
+        mine = build_vgg(layer, options)
+        times, beside = [], []
+        for turn in range(args.repeats + 1):
+            pair = [train_step(*run, x, target, args.device) for run in (base, mine)]
+            if turn:
+                beside.append(pair[0])
+                times.append(pair[1])
+        median, low, high = summary(sorted(times))
+        conv = statistics.median(beside)
+        print(
+            f"| {name} | {median:.0f} ({low:.0f}-{high:.0f}) | {conv:.0f} | {median / conv:.2f} |",
+            flush=True,
+        )
         rows.append(
             {"layer": name, "ms": median, "quartile1_ms": low, "quartile3_ms": high}
-            | {"ratio": median / base, "repeats": len(values), "batch_size": args.batch_size}
+            | {"conv2d_ms": conv, "ratio": median / conv}
+            | {"repeats": len(times), "batch_size": args.batch_size}
         )
     return rows
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import Conv2d_NN, native, neighbors
+from layers import Conv2d_NN, locations, native
 from layers.neighbors import (
     METRICS,
     aggregate_neighbors,
@@ -278,8 +278,8 @@ def test_locations_match_the_formula(metric, shape, padding, stride):
 
 
 def test_locations_are_kept_and_bounded(monkeypatch):
-    cache = neighbors._BoundedCache(20_000)
-    monkeypatch.setattr(neighbors, "_LOCATIONS", cache)
+    cache = locations._BoundedCache(20_000)
+    monkeypatch.setattr(locations, "_LOCATIONS", cache)
     for side in range(5, 25):
         first = location_neighbors((side, side), 9, "euclidean")
         first.zero_()  # what is handed out is a copy
