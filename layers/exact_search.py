@@ -314,7 +314,9 @@ class ExactIndex:
                 keys.release()
             return
         keep = n * key_bytes <= self.max_bytes
-        chunk_bytes = key_bytes + (d * torch.finfo(torch.float64).bits // 8 if keys.copies else 0)
+        # A converted copy, or the pages of a mapped file, count as well.
+        counts = keys.copies or keys.mapping is not None
+        chunk_bytes = key_bytes + (8 * d if counts else 0)
         size = max(panel, self.max_bytes // chunk_bytes // panel * panel)
         panels = (min(size, n) + panel - 1) // panel
         kind, metric = _TYPE_CODES[keys.dtype], METRICS.index(self.metric)
