@@ -7,6 +7,9 @@ where there are any, all else through PyTorch in chunks.
 Symbols: B batch, M queries, N keys, C channels, K neighbors, O output channels.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,17 @@ from layers.chunking import chunk_bytes
 __all__ = ["aggregate_neighbors", "attend_neighbors"]
 
 METRICS = ("cosine", "euclidean", "dot")
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Let an operator's own products run in the types it was given."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with torch.autocast(device_type=args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def _match_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -71,6 +85,7 @@ def aggregate_neighbors(
 
 
 @torch.library.custom_op("neighbors::aggregate", mutates_args=())
+@_without_autocast
 def _aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b, n, c = x.shape
     m, K = indices.shape[-2:]
@@ -130,6 +145,7 @@ def _gathered(x: Tensor, indices: Tensor, with_index: bool = False):
 
 
 @torch.library.custom_op("neighbors::aggregate_backward", mutates_args=())
+@_without_autocast
 def _aggregate_backward(
     gy: Tensor, x: Tensor, indices: Tensor, weight: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -273,6 +289,7 @@ def attend_neighbors(
 
 
 @torch.library.custom_op("neighbors::attend", mutates_args=())
+@_without_autocast
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -337,6 +354,7 @@ def _attended(q: Tensor, v: Tensor, indices: Tensor):
 
 
 @torch.library.custom_op("neighbors::attend_backward", mutates_args=())
+@_without_autocast
 def _attend_backward(
     gy: Tensor,
     attention: Tensor,

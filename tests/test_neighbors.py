@@ -453,6 +453,18 @@ def test_autocast_ranks_in_float32(path):
     assert torch.equal(values, nearest_neighbors(keys, keys, 3)[0])
 
 
+def test_autocast_attention_scores_in_float32(path):
+    q, v = torch.randn(2, 2, 9, 8)
+    indices, weight = torch.randint(9, (2, 9, 4)), torch.randn(8, 4)
+    options = {"metric": "cosine", "self_score": 1.1}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = attend_neighbors(q, q, v, indices, weight, **options)
+    assert y.dtype == torch.bfloat16
+    q, v, weight = (t.bfloat16().float() for t in (q, v, weight))
+    expected = attend_neighbors(q, q, v, indices, weight, **options)
+    torch.testing.assert_close(y, expected.bfloat16(), rtol=0.01, atol=1e-3)
+
+
 OPTIONS = [
     {},
     {"magnitude_type": "euclidean", "stride": 2},
