@@ -443,5 +443,6 @@ def plot_growth(rows: Sequence[Mapping[str, float]], path: str | os.PathLike) ->
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
+        axis.locator_params(axis="x", nbins=5)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
