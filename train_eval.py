@@ -561,6 +561,11 @@ class GrowthTrainer:
                     self.full = str(error)
             return self.task.metrics(self.model(inputs), targets)
 
+    @property
+    def sated(self) -> bool:
+        """Whether the rest of a pass could add nothing, and need not be gone through."""
+        return self.full is not None or bool(getattr(self.model, "full", False))
+
     def check(self, epoch: int, step: int) -> None:
         """Do nothing: growth has no loss that could diverge."""
 
@@ -647,6 +652,8 @@ def train_one_epoch(
         averages.add(trainer.step(batch))
         if step % CHECK_EVERY == 0:
             trainer.check(epoch, step)
+        if getattr(trainer, "sated", False):
+            break
     trainer.check(epoch, step)
     return averages.result() | {"samples": averages.count}
 

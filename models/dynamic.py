@@ -117,6 +117,11 @@ class DynamicNetwork(nn.Module):
         """Centers of the layer being grown."""
         return self.layers[self.current].num_centers
 
+    @property
+    def full(self) -> bool:
+        """Whether the layer being grown holds as many centers as it may."""
+        return self.layers[self.current].full
+
     def features(self, x: Tensor, layer: int) -> Tensor:
         """Return what layer number `layer` sees of samples (B, ...)."""
         x = x.flatten(1)
@@ -163,18 +168,18 @@ class DynamicNetwork(nn.Module):
     def end_pass(self) -> bool:
         """Finish a pass over the data; return whether growing is finished.
 
-        A layer is done after `num_passes` passes, or one that added nothing; the last layer is
-        never left, so that a run may be gone on with.
+        A layer is done after `num_passes` passes, when it is full, or when a pass added nothing;
+        the last layer is never left, so that a run may be gone on with.
         """
         index, passes, added = self.stage.tolist()
         passes += 1
-        done = added == 0 or passes >= self.num_passes
+        done = added == 0 or passes >= self.num_passes or self.full
         last = index == len(self.layers) - 1
         if done and not last:
             self.stage.copy_(torch.tensor([index + 1, 0, 0]))
             return False
         self.stage.copy_(torch.tensor([index, passes, 0]))
-        return last and (added == 0 or self.layers[index].full)
+        return last and (added == 0 or self.full)
 
     def prune(self, x: Tensor, y: Tensor) -> tuple[int, int]:
         """Drop centers of the last layer that no training prediction needs.

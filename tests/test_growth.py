@@ -441,3 +441,10 @@ def test_flags_of_other_datasets_are_noted(grow, capsys):
     grow("--dry_run", "--text_path", "a.txt", "--lr", 1)
     out = capsys.readouterr().out
     assert "note: no effect with --model dynamic: --lr, --text_path." in out
+
+
+def test_a_full_layer_ends_its_pass(grow):
+    results = grow("--max_neighbors", 64, "--num_layers", 2, "--splits", 2)
+    assert results["centers"] == [64, 64]
+    assert len(rows(results["output_dir"], "growth.csv")) == 2 * 1024 // 64
+    assert len(results["history"]) == 2
