@@ -38,7 +38,7 @@ CHUNK_BYTES = 8 * 2**20  # intermediate products alive at a time; about what sta
 
 def _declare(lib: ctypes.CDLL) -> None:
     """Set the argument types of `csrc/relaxed.cpp`."""
-    if lib.relaxed_abi() != 1:
+    if lib.relaxed_abi() != 2:
         raise OSError("another version of the kernels")
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.relaxed_forward.argtypes = [pointer] * 3 + [number] * 3 + [threads]
@@ -49,6 +49,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spread_tiles.restype = None
     lib.sum_tiles.argtypes = [pointer] * 2 + [number] * 6 + [threads]
     lib.sum_tiles.restype = None
+    lib.scale_between.argtypes = [pointer] * 3 + [number] * 5 + [threads] * 2
+    lib.scale_between.restype = None
 
 
 def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
@@ -214,9 +216,15 @@ def _scale_between(
     """Fill images from rows, or `back` rows from images, dividing by the counts of blocks."""
     b, _, k, _ = rows.shape
     s, g1, g2 = grid.stride, grid.block_rows, grid.block_cols
+    scale = 1 / grid.counts(rows.device, rows.dtype)
+    lib = kernels(rows, images)
+    if lib is not None:
+        pointers = [t.data_ptr() for t in (rows, images, scale)]
+        lib.scale_between(*pointers, b, k * channels, g1, g2, s, int(back), torch.get_num_threads())
+        return
     rows = rows.view(b, g1, g2, k, channels, s, s).permute(0, 3, 4, 1, 5, 2, 6)
     images = images.view(b, k, channels, g1, s, g2, s)
-    scale = (1 / grid.counts(rows.device, rows.dtype)).view(g1, 1, g2, 1)
+    scale = scale.view(g1, 1, g2, 1)
     if back:
         write_out(torch.mul, images, scale, rows)
     else:

@@ -415,3 +415,29 @@ def test_grid_covers_every_pixel():
 def test_bad_options(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 80, 80), (2, 2, 131, 57), (1, 2, 40, 45)])
+@pytest.mark.parametrize("train", [True, False])
+def test_compiled_kernels_agree_with_plain_torch(shape, train, monkeypatch):
+    x, features = torch.randn(shape), 0.05 * torch.randn(shape)
+    log_temp = torch.randn(shape[0], 1, *shape[2:])
+    results = []
+    for native in ("1", "0"):
+        monkeypatch.setenv("NEIGHBORS_NATIVE", native)
+        layer = N3Aggregation2d(NeuralNearestNeighbors(4)).train(train)
+        leaves = [t.clone().requires_grad_() for t in (x, features, log_temp)]
+        out = layer(*leaves)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out) + out.detach())
+        with torch.no_grad():
+            results.append([out, layer(*leaves), *grads])
+    for a, b in zip(*results, strict=True):
+        close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_rounds_without_compiled_kernels(monkeypatch):
+    monkeypatch.setenv("NEIGHBORS_NATIVE", "0")
+    for t in (1e-4, 0.05, 1.0):
+        test_rounds_match_slow_loop(t, torch.float32)
+    test_gradient_matches_autograd_of_the_formulas(0.1)
+    test_no_nan_with_duplicates_and_domination(2.0**-53)

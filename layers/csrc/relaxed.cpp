@@ -12,8 +12,8 @@
 namespace {
 
 template <class Work>
-void over_rows(int64_t rows, int threads, Work work) {
-    threads = static_cast<int>(std::min<int64_t>(threads, (rows + 31) / 32));
+void over_rows(int64_t rows, int threads, Work work, int64_t least = 32) {
+    threads = static_cast<int>(std::min<int64_t>(threads, (rows + least - 1) / least));
     if (threads <= 1) {
         work(0, rows);
         return;
@@ -26,11 +26,61 @@ void over_rows(int64_t rows, int threads, Work work) {
     for (auto& one : team) one.join();
 }
 
+// With V known the short loops along a row of keys become a few vector instructions.
+template <int V>
+void spread_work(const float* weights, const float* fresh, float* out, int64_t same, int64_t p,
+                 int64_t q, int64_t k, int64_t u, int64_t v_given, int64_t begin, int64_t end) {
+    const int64_t v = V ? V : v_given, block = k * (u + 1) * (v + 1);
+    for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t tile = piece / (p + 1), a = piece % (p + 1);
+        const float* source = weights + tile * p * q * k * u * v;
+        const float* scale = fresh ? fresh + (tile % same) * p * q : nullptr;
+        for (int64_t b = 0; b <= q; ++b) {
+            float* goal = out + (piece * (q + 1) + b) * block;
+            std::fill(goal, goal + block, 0.f);
+            for (int da = 0; da < 2; ++da)
+                for (int db = 0; db < 2; ++db) {
+                    const int64_t i = a - da, j = b - db;
+                    if (i < 0 || i >= p || j < 0 || j >= q) continue;
+                    if (scale && scale[i * q + j] == 0.f) continue;
+                    const float* row = source + (i * q + j) * k * u * v;
+                    for (int64_t volume = 0; volume < k; ++volume) {
+                        float* to = goal + (volume * (u + 1) + da) * (v + 1) + db;
+                        for (int64_t r = 0; r < u; ++r, to += v + 1, row += v)
+                            for (int64_t c = 0; c < v; ++c) to[c] += row[c];
+                    }
+                }
+        }
+    }
+}
+
+template <int V>
+void sum_work(const float* products, float* out, int64_t p, int64_t q, int64_t k, int64_t u,
+              int64_t v_given, int64_t begin, int64_t end) {
+    const int64_t v = V ? V : v_given, block = k * (u + 1) * (v + 1);
+    for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t tile = piece / p, i = piece % p;
+        float* to = out + piece * q * k * u * v;
+        for (int64_t j = 0; j < q; ++j) {
+            const float* a = products + ((tile * (p + 1) + i) * (q + 1) + j) * block;
+            const float* b = a + block + 1;
+            const float* c = a + (q + 1) * block + (v + 1);
+            const float* d = a + (q + 2) * block + (v + 1) + 1;
+            for (int64_t volume = 0; volume < k; ++volume)
+                for (int64_t r = 0; r < u; ++r, to += v) {
+                    const int64_t at = (volume * (u + 1) + r) * (v + 1);
+                    for (int64_t x = 0; x < v; ++x)
+                        to[x] = (a[at + x] + b[at + x]) + (c[at + x] + d[at + x]);
+                }
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
 
-int relaxed_abi() { return 1; }
+int relaxed_abi() { return 2; }
 
 // first (rows, n): softmax of the logits; weights (rows, k, n). Returns how many rows left the range
 // of float32: their weights are not to be used; `left[row]` is 1 for them.
@@ -101,59 +151,51 @@ void relaxed_backward(const float* weights, const float* grad, float* out, int64
     });
 }
 
-// Adjoint of the 2 x 2 diagonal sum: weights (p, q, k, u, v) of one tile, times fresh[p, q] if given,
-// into out (p + 1, q + 1, k, u + 1, v + 1).
+// Adjoint of the 2 x 2 diagonal sum: weights (p, q, k, u, v) of each tile, those of queries with
+// fresh[tile % same, p, q] = 0 left out, into out (p + 1, q + 1, k, u + 1, v + 1).
 void spread_tiles(const float* weights, const float* fresh, float* out, int64_t tiles, int64_t same,
                   int64_t p, int64_t q, int64_t k, int64_t u, int64_t v, int threads) {
-    over_rows(tiles * (p + 1) * 32, threads, [=](int64_t begin, int64_t end) {
-        for (int64_t piece = (begin + 31) / 32; piece < (end + 31) / 32; ++piece) {
-            const int64_t tile = piece / (p + 1), a = piece % (p + 1);
-            const float* source = weights + tile * p * q * k * u * v;
-            const float* scale = fresh ? fresh + (tile % same) * p * q : nullptr;
-            for (int64_t b = 0; b <= q; ++b) {
-                float* goal = out + ((tile * (p + 1) + a) * (q + 1) + b) * k * (u + 1) * (v + 1);
-                std::fill(goal, goal + k * (u + 1) * (v + 1), 0.f);
-                for (int da = 0; da < 2; ++da)
-                    for (int db = 0; db < 2; ++db) {
-                        const int64_t i = a - da, j = b - db;
-                        if (i < 0 || i >= p || j < 0 || j >= q) continue;
-                        const float factor = scale ? scale[i * q + j] : 1.f;
-                        if (factor == 0.f) continue;
-                        const float* from = source + (i * q + j) * k * u * v;
-                        for (int64_t volume = 0; volume < k; ++volume)
-                            for (int64_t r = 0; r < u; ++r) {
-                                float* to = goal + (volume * (u + 1) + r + da) * (v + 1) + db;
-                                const float* row = from + (volume * u + r) * v;
-                                for (int64_t c = 0; c < v; ++c) to[c] += row[c];
-                            }
-                    }
-            }
-        }
-    });
+    const auto work = v == 15 ? spread_work<15> : v == 18 ? spread_work<18> : spread_work<0>;
+    over_rows(
+        tiles * (p + 1), threads,
+        [=](int64_t begin, int64_t end) {
+            work(weights, fresh, out, same, p, q, k, u, v, begin, end);
+        },
+        1);
 }
 
-// The 2 x 2 diagonal sum: products (p + 1, q + 1, k, u + 1, v + 1) of one tile into (p, q, k, u, v).
+// The 2 x 2 diagonal sum: products (p + 1, q + 1, k, u + 1, v + 1) of each tile into (p, q, k, u, v).
 void sum_tiles(const float* products, float* out, int64_t tiles, int64_t p, int64_t q, int64_t k,
                int64_t u, int64_t v, int threads) {
-    over_rows(tiles * p * 32, threads, [=](int64_t begin, int64_t end) {
-        for (int64_t piece = (begin + 31) / 32; piece < (end + 31) / 32; ++piece) {
-            const int64_t tile = piece / p, i = piece % p;
-            const int64_t block = k * (u + 1) * (v + 1);
-            for (int64_t j = 0; j < q; ++j) {
-                const float* a = products + ((tile * (p + 1) + i) * (q + 1) + j) * block;
-                const float* b = a + block + 1;
-                const float* c = a + (q + 1) * block + (v + 1);
-                const float* d = a + (q + 2) * block + (v + 1) + 1;
-                float* to = out + ((tile * p + i) * q + j) * k * u * v;
-                for (int64_t volume = 0; volume < k; ++volume)
-                    for (int64_t r = 0; r < u; ++r) {
-                        const int64_t at = (volume * (u + 1) + r) * (v + 1);
-                        for (int64_t x = 0; x < v; ++x)
-                            to[x] = (a[at + x] + b[at + x]) + (c[at + x] + d[at + x]);
-                        to += v;
-                    }
+    const auto work = v == 15 ? sum_work<15> : v == 18 ? sum_work<18> : sum_work<0>;
+    over_rows(
+        tiles * p, threads,
+        [=](int64_t begin, int64_t end) { work(products, out, p, q, k, u, v, begin, end); }, 1);
+}
+
+// Rows of blocks (b, g1, g2, planes, s, s) times scale (g1, g2), and images (b, planes, g1 s, g2 s):
+// fill the images, or with `back` the rows.
+void scale_between(float* rows, float* images, const float* scale, int64_t b, int64_t planes,
+                   int64_t g1, int64_t g2, int64_t s, int back, int threads) {
+    over_rows(
+        b * planes, threads,
+        [=](int64_t begin, int64_t end) {
+            for (int64_t piece = begin; piece < end; ++piece) {
+                const int64_t sample = piece / planes, plane = piece % planes;
+                float* line = images + piece * g1 * g2 * s * s;
+                for (int64_t i = 0; i < g1; ++i)
+                    for (int64_t y = 0; y < s; ++y)
+                        for (int64_t j = 0; j < g2; ++j, line += s) {
+                            const int64_t block = (sample * g1 + i) * g2 + j;
+                            float* row = rows + ((block * planes + plane) * s + y) * s;
+                            const float factor = scale[i * g2 + j];
+                            if (back)
+                                for (int64_t x = 0; x < s; ++x) row[x] = line[x] * factor;
+                            else
+                                for (int64_t x = 0; x < s; ++x) line[x] = row[x] * factor;
+                        }
             }
-        }
-    });
+        },
+        1);
 }
 }
