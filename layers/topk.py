@@ -92,7 +92,7 @@ def block_size(n: int, K: int) -> int:
     The maxima and the entries of the chosen blocks are equally many where block² = n / K.
     """
     block = max(8, 2 ** round(math.log2(math.sqrt(n / K))))
-    return block if n >= max(600, 4 * K * block) else 1
+    return block if n >= max(2000, 4 * K * block) else 1
 
 
 def _two_stage_topk(rows: Tensor, K: int, largest: bool, block: int) -> tuple[Tensor, Tensor]:
