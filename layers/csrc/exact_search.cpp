@@ -90,37 +90,35 @@ bool parallel(int threads, int64_t jobs, F f) {
   return fine;
 }
 
+// Sums f(0..d-1) in 32 lanes: enough independent additions to hide their latency.
+template <class F>
+inline double sum_lanes(int64_t d, F f) {
+  double lanes[32] = {};
+  int64_t c = 0;
+  for (; c + 32 <= d; c += 32)
+    for (int l = 0; l < 32; ++l) lanes[l] += f(c + l);
+  double s = 0;
+  for (int l = 0; l < 32; ++l) s += lanes[l];
+  for (; c < d; ++c) s += f(c);
+  return s;
+}
+
 template <class T>
 double squared_norm(const T* x, int64_t d) {
-  double s = 0;
-#pragma omp simd reduction(+ : s)
-  for (int64_t c = 0; c < d; ++c) s += double(x[c]) * double(x[c]);
-  return s;
+  return sum_lanes(d, [x](int64_t c) { return double(x[c]) * double(x[c]); });
 }
 
 // Cost of one pair in float64. For cosine `qnorm` is |x|; a zero vector has similarity 0 to everything.
 template <class T>
 double exact_cost(const T* x, const T* y, int64_t d, int metric, double qnorm) {
-  double s = 0, yy = 0;
-  if (metric == kEuclidean) {
-#pragma omp simd reduction(+ : s)
-    for (int64_t c = 0; c < d; ++c) {
-      double t = double(x[c]) - double(y[c]);
-      s += t * t;
-    }
-    return s;
-  }
-  if (metric == kDot) {
-#pragma omp simd reduction(+ : s)
-    for (int64_t c = 0; c < d; ++c) s += double(x[c]) * double(y[c]);
-    return -s;
-  }
-#pragma omp simd reduction(+ : s, yy)
-  for (int64_t c = 0; c < d; ++c) {
-    s += double(x[c]) * double(y[c]);
-    yy += double(y[c]) * double(y[c]);
-  }
-  double n = qnorm * std::sqrt(yy);
+  if (metric == kEuclidean)
+    return sum_lanes(d, [x, y](int64_t c) {
+      const double t = double(x[c]) - double(y[c]);
+      return t * t;
+    });
+  const double s = sum_lanes(d, [x, y](int64_t c) { return double(x[c]) * double(y[c]); });
+  if (metric == kDot) return -s;
+  const double n = qnorm * std::sqrt(squared_norm(y, d));
   return n > 0 ? -s / n : 0.0;
 }
 
