@@ -40,7 +40,8 @@ def _topk_rows(scores: Tensor, K: int, largest: bool) -> tuple[Tensor, Tensor]:
     n = scores.shape[-1]
     rows = scores.reshape(-1, n)
     values, indices = best_of_rows(rows, K, largest)
-    return values.view(*scores.shape[:-1], K), indices.view(*scores.shape[:-1], K)
+    shape = (*scores.shape[:-1], K)
+    return values.contiguous().view(shape), indices.contiguous().view(shape)
 
 
 @_topk_rows.register_fake
