@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "--data_path", type=Path, default=Path("./Data"), help="folder of MNIST (default ./Data)"
     )
     parser.add_argument(
-        "--samples", type=int, help="training rows (default 60000 cosine, 8192 euclidean)"
+        "--samples", type=int, help="training rows (default 60000 cosine, 12288 euclidean)"
     )
     parser.add_argument(
         "--test_samples", type=int, help="test rows (default a sixth of the training rows)"
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             test = x[: args.test_samples or len(x) // 6]
             rows.append(compare("image", batches, test, None, kernel, args.repeats, **rule))
             continue
-        samples = args.samples or (60_000 if case in ("cosine", "dot") else 8_192)
+        samples = args.samples or (60_000 if case in ("cosine", "dot") else 12_288)
         tests = args.test_samples or max(samples // 6, 1)
         if args.data == "mnist":
             x, y = images(args.data_path, train=True)
