@@ -130,7 +130,7 @@ def test_run_leaves_a_complete_folder(run, tmp_path):
 
 
 def test_loss_falls(run):
-    history = run("--layer", "ConvNN", "--num_epochs", 10, "--lr", 0.05)["history"]
+    history = run("--layer", "ConvNN", "--num_epochs", 12, "--lr", 0.01)["history"]
     assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
 
