@@ -260,7 +260,7 @@ class NeuralNearestNeighbors(nn.Module):
             log_temp = log_temp.to(distances.dtype) + self.log_bias
             inverse = -torch.exp(-log_temp)[..., None]
         if self.bn is not None:
-            if counted is None and barred is not None:
+            if counted is None and barred is not None and self.needs_all:
                 counted = barred.exp()
             inverse = inverse * self._gain(distances, counted)
         return distances * inverse if barred is None else torch.addcmul(barred, distances, inverse)

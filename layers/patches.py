@@ -33,7 +33,7 @@ from layers import native
 
 __all__ = ["PatchGrid", "WindowTiles", "aggregate_tiles", "tile_distances"]
 
-CHUNK_BYTES = 8 * 2**20  # intermediate products alive at a time; about what stays in cache
+CHUNK_BYTES = 16 * 2**20  # intermediate products alive at a time; about what stays in cache
 
 
 def _declare(lib: ctypes.CDLL) -> None:
