@@ -239,7 +239,7 @@ def check_block(shape, *, train, **options):
             close(block.n3aggregation(x, features, log_temp), z.detach(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 97, 103), (1, 2, 76, 200), (2, 2, 40, 40)])
+@pytest.mark.parametrize("shape", [(1, 1, 97, 103), (1, 1, 76, 200), (2, 2, 40, 40)])
 def test_block_matches_slow_loop(shape):
     check_block(shape, train=False, K=3)
 
@@ -247,7 +247,7 @@ def test_block_matches_slow_loop(shape):
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((2, 1, 80, 80), {}),
+        ((1, 1, 80, 80), {}),
         ((1, 2, 41, 58), {"patch_size": 7, "stride": 3, "window": 7}),
         ((1, 1, 33, 30), {"patch_size": 6, "stride": 2, "window": 5}),
         ((1, 1, 31, 37), {"patch_size": 4, "stride": 4, "window": 3}),
@@ -306,12 +306,12 @@ def test_pad_modes_and_center_temperature():
 
 
 def test_aggregation_of_sets():
-    items, features = torch.randn(2, 20, 3), torch.randn(2, 20, 4)
-    query, log_temp = torch.randn(2, 5, 4), torch.randn(2, 5)
-    indices = torch.stack([torch.randperm(20)[:6] for _ in range(5)])
+    items, features = torch.randn(2, 8, 2), torch.randn(2, 8, 3)
+    query, log_temp = torch.randn(2, 3, 3), torch.randn(2, 3)
+    indices = torch.stack([torch.randperm(8)[:4] for _ in range(3)])
     layer = N3Aggregation(NeuralNearestNeighbors(2)).eval()
     got = layer(items, features, query, indices, log_temp)
-    assert got.shape == (2, 5, 3, 2)
+    assert got.shape == (2, 3, 2, 2)
     d = (query[:, :, None] - features[:, indices]).square().sum(-1)
     w = layer.nnn(d, log_temp)
     close(got, torch.einsum("bmko,bmof->bmfk", w, items[:, indices]), rtol=1e-4, atol=1e-5)
