@@ -298,7 +298,7 @@ def save_panels(path: str | os.PathLike, panels: Mapping[str, Tensor]) -> None:
 def plot_learning_curves(
     history: Sequence[Mapping[str, float]], path: str | os.PathLike, *, eval_name: str = "test"
 ) -> None:
-    """Draw one panel per metric that a training run measured on both sets, and the learning rate.
+    """Draw one panel per metric that a training run measured, both sets in it.
 
     Args:
         history: One mapping per epoch, with keys ``epoch``, ``train_<metric>``, ``test_<metric>``.
@@ -325,7 +325,7 @@ def plot_learning_curves(
         axis.set(xlabel="epoch", title=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper left")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
