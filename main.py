@@ -1503,7 +1503,7 @@ def describe_run(command: str) -> str:
     return (
         f"# {command}\n"
         f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
-        f"neighbor kernels {native.status()}\n"
+        f"neighbor kernels {native.status().splitlines()[0]}\n"
     )
 
 

@@ -34,9 +34,7 @@ _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC",
 _BUILD_SECONDS = 180
 
 _lock = threading.Lock()
-_loaded: ctypes.CDLL | None = None
-_state = "not tried"
-_others: dict[str, ctypes.CDLL | Exception] = {}
+_found: dict[str, ctypes.CDLL | Exception] = {}  # what came of each build
 
 
 class NativeError(RuntimeError):
@@ -164,17 +162,21 @@ def _wanted() -> str:
 def optional(
     name: str, declare: Callable[[ctypes.CDLL], None], options: Sequence[str] = ()
 ) -> ctypes.CDLL | None:
-    """Return :func:`build`'s library, or None where it is switched off or cannot be built."""
+    """Return :func:`build`'s library, or None where it is switched off or cannot be built.
+
+    It is built at the first call; what came of that is kept.
+    """
     wanted = _wanted()
     if wanted == "0":
         return None
-    with _lock:
-        if name not in _others:
-            try:
-                _others[name] = build(name, declare, options)
-            except (NativeError, OSError, RuntimeError) as error:
-                _others[name] = error
-    found = _others[name]
+    if name not in _found:
+        with _lock:
+            if name not in _found:
+                try:
+                    _found[name] = build(name, declare, options)
+                except (NativeError, OSError, RuntimeError) as error:
+                    _found[name] = error
+    found = _found[name]
     if isinstance(found, Exception):
         if wanted == "require":
             raise NativeError(str(found)) from found
@@ -183,27 +185,18 @@ def optional(
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the loaded kernels, building them at the first call; None where there are none."""
-    global _loaded, _state
-    wanted = _wanted()
-    if wanted == "0":
-        return None
-    if _state == "not tried":
-        with _lock:
-            if _state == "not tried":
-                try:
-                    _loaded = build("neighbors", _declare)
-                    _state = f"compiled, vectors of {_loaded.nn_vector_length()} floats"
-                except (NativeError, OSError, RuntimeError) as error:
-                    _state = f"absent: {error}"
-    if _loaded is None and wanted == "require":
-        raise NativeError(_state)
-    return _loaded
+    """Return the kernels of the search, or None; see :func:`optional`."""
+    return optional("neighbors", _declare)
 
 
 def status() -> str:
     """Say in words whether the kernels are in use, building them if need be."""
-    return _state if library() is not None or _state.startswith("absent") else "switched off"
+    if _wanted() == "0":
+        return "switched off"
+    lib = library()
+    if lib is None:
+        return f"absent: {_found['neighbors']}"
+    return f"compiled, vectors of {lib.nn_vector_length()} floats"
 
 
 def pointer(tensor: Tensor | None) -> int | None:

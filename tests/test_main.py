@@ -213,6 +213,14 @@ def test_val_split_is_said(run):
     assert "held-out training samples" in text
 
 
+def test_what_a_compiler_said_stays_out_of_the_arguments(run, monkeypatch):
+    monkeypatch.setattr(program.native, "status", lambda: "absent: g++ x\nneighbors.cpp:1: error")
+    folder = Path(run("--num_epochs", 1)["output_dir"])
+    lines = (folder / "args.txt").read_text().splitlines()
+    assert lines[1].endswith("neighbor kernels absent: g++ x")
+    assert lines[2].startswith("model: ")
+
+
 def test_dry_run_writes_nothing(run, tmp_path):
     result = run("--dry_run")
     assert set(result["test"]) == {"loss", "top1", "top5"}

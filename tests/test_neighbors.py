@@ -606,8 +606,7 @@ def test_memory_does_not_grow_with_changing_sizes(path):
 def test_without_a_compiler_all_still_works(monkeypatch, tmp_path):
     monkeypatch.setenv("NEIGHBORS_NATIVE_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native, "_state", "not tried")
-    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setattr(native, "_found", {})
     monkeypatch.setenv("NEIGHBORS_NATIVE", "1")
     assert native.library() is None
     assert native.status().startswith("absent: no C++ compiler")
@@ -624,8 +623,7 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("NEIGHBORS_NATIVE_CACHE", str(cache))
-    monkeypatch.setattr(native, "_state", "not tried")
-    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setattr(native, "_found", {})
     assert native.library() is None
     assert "out of order" in native.status()
     assert list(cache.iterdir()) == []
