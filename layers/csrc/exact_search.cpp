@@ -90,33 +90,72 @@ bool parallel(int threads, int64_t jobs, F f) {
   return fine;
 }
 
-// Sums f(0..d-1) in 32 lanes: enough independent additions to hide their latency.
-template <class F>
-inline double sum_lanes(int64_t d, F f) {
-  double lanes[32] = {};
+// Sums of squared differences (kEuclidean) or of products of two rows, in float64 and 32 lanes: enough independent
+// additions to hide their latency.
+#if ES_VNNI
+
+inline __m512d load8(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
+inline __m512d load8(const double* x) { return _mm512_loadu_pd(x); }
+inline __m512d load8(const uint8_t* x) {
+  return _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+inline __m512d load8(const int8_t* x) {
+  return _mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+
+template <bool kDifference, class T>
+inline double sum_pairs(const T* x, const T* y, int64_t d) {
+  __m512d lanes[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
   int64_t c = 0;
   for (; c + 32 <= d; c += 32)
-    for (int l = 0; l < 32; ++l) lanes[l] += f(c + l);
-  double s = 0;
-  for (int l = 0; l < 32; ++l) s += lanes[l];
-  for (; c < d; ++c) s += f(c);
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) {
+      const __m512d a = load8(x + c + 8 * l), b = load8(y + c + 8 * l);
+      const __m512d t = _mm512_sub_pd(a, b);
+      lanes[l] = kDifference ? _mm512_fmadd_pd(t, t, lanes[l]) : _mm512_fmadd_pd(a, b, lanes[l]);
+    }
+  for (; c + 8 <= d; c += 8) {
+    const __m512d a = load8(x + c), b = load8(y + c), t = _mm512_sub_pd(a, b);
+    lanes[0] = kDifference ? _mm512_fmadd_pd(t, t, lanes[0]) : _mm512_fmadd_pd(a, b, lanes[0]);
+  }
+  double s = _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(lanes[0], lanes[1]), _mm512_add_pd(lanes[2], lanes[3])));
+  for (; c < d; ++c) {
+    const double a = double(x[c]), b = double(y[c]);
+    s += kDifference ? (a - b) * (a - b) : a * b;
+  }
   return s;
 }
 
+#else
+
+template <bool kDifference, class T>
+inline double sum_pairs(const T* x, const T* y, int64_t d) {
+  const auto term = [x, y](int64_t c) {
+    const double a = double(x[c]), b = double(y[c]);
+    return kDifference ? (a - b) * (a - b) : a * b;
+  };
+  double lanes[32] = {};
+  int64_t c = 0;
+  for (; c + 32 <= d; c += 32)
+    for (int l = 0; l < 32; ++l) lanes[l] += term(c + l);
+  double s = 0;
+  for (int l = 0; l < 32; ++l) s += lanes[l];
+  for (; c < d; ++c) s += term(c);
+  return s;
+}
+
+#endif
+
 template <class T>
 double squared_norm(const T* x, int64_t d) {
-  return sum_lanes(d, [x](int64_t c) { return double(x[c]) * double(x[c]); });
+  return sum_pairs<false>(x, x, d);
 }
 
 // Cost of one pair in float64. For cosine `qnorm` is |x|; a zero vector has similarity 0 to everything.
 template <class T>
 double exact_cost(const T* x, const T* y, int64_t d, int metric, double qnorm) {
-  if (metric == kEuclidean)
-    return sum_lanes(d, [x, y](int64_t c) {
-      const double t = double(x[c]) - double(y[c]);
-      return t * t;
-    });
-  const double s = sum_lanes(d, [x, y](int64_t c) { return double(x[c]) * double(y[c]); });
+  if (metric == kEuclidean) return sum_pairs<true>(x, y, d);
+  const double s = sum_pairs<false>(x, y, d);
   if (metric == kDot) return -s;
   const double n = qnorm * std::sqrt(squared_norm(y, d));
   return n > 0 ? -s / n : 0.0;
@@ -138,10 +177,11 @@ void prefetch_row(const Search& h, const void* rows, int type, int64_t j) {
   for (int64_t b = 0; b < std::min<int64_t>(bytes, 4096); b += 64) __builtin_prefetch(p + b);
 }
 
+// Keeps the K best: a heap once there are K.
 void offer(std::vector<Best>& heap, size_t K, Best b) {
   if (heap.size() < K) {
     heap.push_back(b);
-    std::push_heap(heap.begin(), heap.end());
+    if (heap.size() == K) std::make_heap(heap.begin(), heap.end());
   } else if (b < heap.front()) {
     std::pop_heap(heap.begin(), heap.end());
     heap.back() = b;
@@ -192,9 +232,10 @@ float quantise_row(const float* x, int64_t d, int32_t* out, double* resid) {
   float r = 0;
 #pragma omp simd reduction(+ : r)
   for (int64_t c = 0; c < d; ++c) {
-    float v = std::nearbyintf(x[c] * inv);
-    v = std::min(127.0f, std::max(-127.0f, v));
-    out[c] = int32_t(v);
+    const float p = x[c] * inv, w = std::fabs(p) < 127.0f ? p : std::copysign(127.0f, p);
+    const int32_t q = int32_t(w + std::copysign(0.5f, w));  // any rounding will do: its error is measured
+    const float v = float(q);
+    out[c] = q;
     float t = x[c] - v * s;
     r += t * t;
   }
@@ -340,7 +381,20 @@ __attribute__((noinline)) void dot_tile(const uint8_t* keys, const int8_t* q, in
     for (int v = 0; v < 3; ++v) _mm512_store_si512(out + r * kPanel + v * 16, acc[r][v]);
 }
 
-// Survivors of one query against a stretch of keys.
+// Floats as integers of the same order, and back.
+inline int32_t ordered(float v) {
+  int32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline float unordered(int32_t bits) {
+  bits ^= (bits >> 31) & 0x7fffffff;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+// Survivors of one query against a stretch of keys, in the order of the keys.
 struct FloatList {
   std::vector<Candidate> items;
   size_t limit;
@@ -350,15 +404,39 @@ struct FloatList {
     limit = 4 * K + 64;
     base = round_up(bound);
   }
-  void prune(size_t K) {
-    if (items.size() > K) {
-      std::nth_element(items.begin(), items.begin() + (K - 1), items.end(),
-                       [](const Candidate& a, const Candidate& b) { return a.upper < b.upper; });
-      base = std::min(base, items[K - 1].upper);
-      float b = base;
-      items.erase(std::remove_if(items.begin(), items.end(), [b](const Candidate& c) { return c.lower > b; }),
-                  items.end());
+  void drop_above_base() {
+    const float b = base;
+    items.erase(std::remove_if(items.begin(), items.end(), [b](const Candidate& c) { return c.lower > b; }),
+                items.end());
+  }
+  // At least the K-th smallest of one field, and only a few more than K are as small; infinity if there are no more.
+  template <class F>
+  float about_kth(size_t K, std::vector<int32_t>& scratch, F field) const {
+    const size_t count = items.size();
+    if (count <= K) return kInf;
+    scratch.resize(count);
+    int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+    for (size_t c = 0; c < count; ++c) {
+      scratch[c] = ordered(field(items[c]));
+      low = std::min(low, scratch[c]);
+      high = std::max(high, scratch[c]);
     }
+    for (size_t below = count; low < high && below > K + K / 16;) {
+      const int32_t middle = int32_t((int64_t(low) + high) >> 1);
+      int32_t fewer = 0;
+      for (size_t c = 0; c < count; ++c) fewer += scratch[c] <= middle;
+      if (size_t(fewer) >= K) {
+        high = middle;
+        below = size_t(fewer);
+      } else {
+        low = middle + 1;
+      }
+    }
+    return unordered(high);
+  }
+  void prune(size_t K, std::vector<int32_t>& scratch) {
+    base = std::min(base, about_kth(K, scratch, [](const Candidate& c) { return c.upper; }));
+    drop_above_base();
     if (2 * items.size() > limit) limit = 2 * limit;
   }
 };
@@ -373,29 +451,56 @@ double exact_bound(const Search& h, int64_t i) {
   return worst - h.shift[i] + (std::fabs(worst) + std::fabs(h.shift[i])) * 1e-13;
 }
 
-// Exact costs of (at most `most`) survivors, most promising first, until no lower bound reaches the K-th exact cost.
-int64_t settle(Search& h, FloatList& list, int64_t i, const void* rows, int type, int64_t base_index,
-               size_t most = std::numeric_limits<size_t>::max()) {
+// Evaluates the survivors of queries q0 ... q0 + count - 1 whose lower bound is at most their `cut`, and removes them.
+// Stretches of keys are taken one after the other by all queries, so that a row serves several while it is in cache.
+int64_t evaluate(Search& h, FloatList* lists, const float* cut, int64_t q0, int64_t count, const void* rows, int type,
+                 int64_t n, int64_t base_index) {
+  size_t waiting = 0;
+  for (int64_t i = 0; i < count; ++i) waiting += lists[i].items.size();
+  const int64_t stretch = std::max<int64_t>(kPanel, 2 * n * count / int64_t(waiting + 1));  // about two a query
+  std::vector<size_t> next(size_t(count), 0), kept(size_t(count), 0);
+  int64_t evaluated = 0;
+  for (int64_t end = stretch; waiting; end += stretch)
+    for (int64_t i = 0; i < count; ++i) {
+      auto& items = lists[i].items;
+      size_t c = next[i];
+      for (; c < items.size() && items[c].index < end; ++c, --waiting) {
+        if (items[c].lower > cut[i]) {
+          items[kept[i]++] = items[c];
+          continue;
+        }
+        offer(h.best[q0 + i], size_t(h.K),
+              {exact_cost_any(h, q0 + i, rows, type, items[c].index), base_index + items[c].index});
+        ++evaluated;
+      }
+      next[i] = c;
+    }
+  for (int64_t i = 0; i < count; ++i) lists[i].items.resize(kept[i]);
+  return evaluated;
+}
+
+// Decides the survivors of some queries: the K most promising of each are evaluated first, then, unless `early`, all
+// whose lower bound still reaches the K-th exact cost.
+int64_t settle(Search& h, FloatList* lists, int64_t q0, int64_t count, const void* rows, int type, int64_t n,
+               int64_t base_index, bool early, std::vector<int32_t>& scratch) {
   const size_t K = size_t(h.K);
-  list.prune(K);
-  auto& items = list.items;
-  std::sort(items.begin(), items.end(), [](const Candidate& a, const Candidate& b) {
-    return a.lower != b.lower ? a.lower < b.lower : a.index < b.index;
-  });
-  size_t c = 0;
-  double bound = exact_bound(h, i);
-  for (; c < items.size() && c < most && double(items[c].lower) <= bound; ++c) {
-    if (c + 1 < items.size()) prefetch_row(h, rows, type, items[c + 1].index);
-    offer(h.best[i], K, {exact_cost_any(h, i, rows, type, items[c].index), base_index + items[c].index});
-    bound = exact_bound(h, i);
+  std::vector<float> cut(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    lists[i].prune(K, scratch);
+    cut[i] = lists[i].about_kth(K, scratch, [](const Candidate& c) { return c.lower; });
   }
-  list.base = std::min(list.base, round_up(bound));
-  const float base = list.base;
-  items.erase(items.begin(), items.begin() + c);
-  items.erase(std::remove_if(items.begin(), items.end(), [base](const Candidate& x) { return x.lower > base; }),
-              items.end());
-  list.limit = 4 * K + 64 + 2 * items.size();
-  return int64_t(c);
+  int64_t evaluated = evaluate(h, lists, cut.data(), q0, count, rows, type, n, base_index);
+  for (int64_t i = 0; i < count; ++i) {
+    lists[i].base = std::min(lists[i].base, round_up(exact_bound(h, q0 + i)));
+    lists[i].drop_above_base();
+    lists[i].limit = 4 * K + 64 + 2 * lists[i].items.size();
+    cut[i] = kInf;
+  }
+  if (early) return evaluated;
+  evaluated += evaluate(h, lists, cut.data(), q0, count, rows, type, n, base_index);
+  for (int64_t i = 0; i < count; ++i)
+    lists[i].reset(K, std::min<double>(lists[i].base, exact_bound(h, q0 + i)));
+  return evaluated;
 }
 
 void scan_float(Search& h, const uint8_t* packed, const float* meta, const void* rows, int type, int64_t n,
@@ -405,14 +510,14 @@ void scan_float(Search& h, const uint8_t* packed, const float* meta, const void*
   const int64_t tile = q1 - q0;
   std::vector<FloatList> lists(size_t(tile + kRows));
   for (int64_t i = 0; i < tile; ++i) lists[i].reset(K, exact_bound(h, q0 + i));
+  std::vector<int32_t> scratch;
   int64_t evaluated = 0;
   alignas(64) float score[kPanel];
   alignas(64) int32_t dots[kRows * kPanel];
   // A K-th best among exact costs bounds by one error where one among upper bounds takes two: get it early on.
-  const int64_t early = panels >= 64 + int64_t(K) ? panels / 8 : -1;
+  const int64_t early = panels >= 64 + 4 * int64_t(K) ? panels / 8 : -1;
   for (int64_t p = 0; p < panels; ++p) {
-    if (p == early)
-      for (int64_t i = 0; i < tile; ++i) evaluated += settle(h, lists[i], q0 + i, rows, type, base_index, K);
+    if (p == early) evaluated += settle(h, lists.data(), q0, tile, rows, type, n, base_index, true, scratch);
     const float* mt = meta + p * kMeta;
     const float A = mt[2 * kPanel], B = mt[2 * kPanel + 1], R = mt[2 * kPanel + 2];
     const uint8_t* keys = packed + p * h.dpad * kPanel;
@@ -445,15 +550,16 @@ void scan_float(Search& h, const uint8_t* packed, const float* meta, const void*
             if (lower > list.base) continue;
             list.items.push_back({lower, score[j] + E, first + j});
             if (list.items.size() >= list.limit) {
-              list.prune(K);
-              if (list.items.size() >= kMostWaiting) evaluated += settle(h, list, q + r, rows, type, base_index);
+              list.prune(K, scratch);
+              if (list.items.size() >= kMostWaiting)
+                evaluated += settle(h, &list, q + r, 1, rows, type, n, base_index, false, scratch);
             }
           }
         }
       }
     }
   }
-  for (int64_t i = 0; i < tile; ++i) evaluated += settle(h, lists[i], q0 + i, rows, type, base_index);
+  evaluated += settle(h, lists.data(), q0, tile, rows, type, n, base_index, false, scratch);
   h.evaluated += evaluated;
 }
 
@@ -674,8 +780,8 @@ int es_pack(const void* rows, int type, int64_t n, int64_t d, int metric, int in
 int es_scan(void* handle, const uint8_t* packed, const float* meta, const void* rows, int64_t n, int64_t base_index) {
 #if ES_VNNI
   Search& h = *static_cast<Search*>(handle);
-  int64_t tile = (h.m + 4 * h.threads - 1) / (4 * h.threads);
-  tile = std::min<int64_t>(128, (tile + kRows - 1) / kRows * kRows);
+  int64_t tile = (h.m + 2 * h.threads - 1) / (2 * h.threads);
+  tile = std::min<int64_t>(256, (tile + kRows - 1) / kRows * kRows);
   bool done = parallel(h.threads, (h.m + tile - 1) / tile, [&](int64_t job) {
     const int64_t q0 = job * tile, q1 = std::min(h.m, q0 + tile);
     if (h.integers)
@@ -764,7 +870,7 @@ void es_finish(void* handle, double* costs, int64_t* indices) {
   parallel(h.threads, (h.m + 255) / 256, [&](int64_t job) {
     for (int64_t i = job * 256; i < std::min(h.m, job * 256 + 256); ++i) {
       auto& b = h.best[i];
-      std::sort_heap(b.begin(), b.end());
+      std::sort(b.begin(), b.end());
       for (size_t j = 0; j < b.size(); ++j) {
         costs[i * h.K + j] = b[j].first;
         indices[i * h.K + j] = b[j].second;
