@@ -25,11 +25,14 @@ References:
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from layers import native
 
 __all__ = [
     "KERNELS",
@@ -47,6 +50,9 @@ KERNELS = ("euclidean", "euclidean_pyramid", "cosine", "dot", "influence_cone")
 
 # Up to this many features plain differences are as fast as a matrix product, and exact.
 _DIRECT_FEATURES = 16
+# Up to this many differences in all, compiled code takes them one by one: faster than a product and
+# what must come after it.
+_COMPILED_DIFFERENCES = 1 << 22
 # Below this share of ‖x‖² the expansion ‖x‖² + ‖c‖² − 2x·c has lost too many digits.
 _NEAR = 1e-2
 # Pairs gathered at once when near-duplicates are recomputed (elements of a pairs × D tensor).
@@ -93,6 +99,27 @@ def _repair_near(squared: Tensor, keys: Tensor, queries: Tensor, query_squares: 
         squared[row, column] = (queries[row] - keys[column]).square_().sum(dim=1)
 
 
+def _compiled_squared(keys: Tensor, queries: Tensor, out: Tensor) -> bool:
+    """Write squared distances, (N, D), (B, D) -> (B, N), in compiled code; False: not possible."""
+    points = (keys, queries, out)
+    if not all(
+        t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in points
+    ):
+        return False
+    library = native.optional("distances", _declare)
+    if library is None:
+        return False
+    addresses = [t.data_ptr() for t in (queries, keys)]
+    library.nd_squared(*addresses, *out.shape, keys.shape[1], out.data_ptr())
+    return True
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    library.nd_squared.argtypes = [address, address, size, size, size, address]
+    library.nd_squared.restype = None
+
+
 def _squared_distances(
     keys: Tensor,
     queries: Tensor,
@@ -108,6 +135,10 @@ def _squared_distances(
         return out
     if keys.shape[1] <= _DIRECT_FEATURES:
         return _direct_squared(keys, queries, out, work)
+    if out.numel() * keys.shape[1] <= _COMPILED_DIFFERENCES and _compiled_squared(
+        keys, queries, out
+    ):
+        return out
     torch.addmm(key_squares, queries, keys.t(), alpha=-2, out=out)
     out.add_(query_squares[:, None]).clamp_(min=0)
     _repair_near(out, keys, queries, query_squares)
@@ -282,19 +313,21 @@ class DistanceKernel:
         ratio = power_(stacked / levels[0], self.exponent).mean(dim=0)
         return torch.mul(levels[0], ratio.pow_(1 / self.exponent), out=out)
 
-    def weights_fit(self, queries: Tensor, query_norms: Tensor, max_key_norm: float) -> bool:
+    def weights_fit(self, query_norms: Tensor, key_norms: Tensor) -> bool:
         """Whether distance^p and sums of it stay clear of overflow and underflow in float32.
 
+        Queries may become keys later on.
+
         Args:
-            queries: First result of `prepare_queries`.
-            query_norms: Second result of `prepare_queries`.
-            max_key_norm: Largest sum over `summarize`'s columns among the keys.
+            query_norms: Second result of `prepare_queries`, (B, A).
+            key_norms: What `summarize` returned for the keys, (N, A).
         """
-        if self.kernel_type == "dot" or queries.shape[0] == 0:
+        if self.kernel_type == "dot" or query_norms.shape[0] == 0:
             return False
         farthest = 1.0
         if self.kernel_type != "cosine":
-            farthest = float(query_norms.sum(dim=1).max()) ** 0.5 + max_key_norm**0.5
+            longest = torch.cat([query_norms, key_norms]).sum(dim=1).max()
+            farthest = 2 * float(longest) ** 0.5
         smallest, largest = (self.exponent * math.log10(d + self.epsilon) for d in (farthest, 0.0))
         return largest <= 28 and smallest >= -28
 

@@ -31,7 +31,7 @@ __all__ = ["PREDICTORS", "CentersFull", "DynamicNeighbors", "Growth"]
 
 PREDICTORS = ("interp", "nearest", "knn")
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 18}  # rows × block on the CPU: stays in cache
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}  # rows × block on the CPU: stays in cache
 _BLOCK_ELEMENTS_GPU = 1 << 26
 _ROWS = 512  # queries at a time in `forward`
 _MIN_CAPACITY = 1024
@@ -135,7 +135,7 @@ class DynamicNeighbors(nn.Module):
         self.predictor, self.K = predictor, K
         self.target_accuracy, self.max_count = target_accuracy, max_count
         self.max_neighbors, self.tolerance = max_neighbors, tolerance
-        self.num_centers, self._max_norm = 0, 0.0
+        self.num_centers = 0
         self._scratch: list[Tensor] = []
         self._create(0)
 
@@ -225,24 +225,21 @@ class DynamicNeighbors(nn.Module):
             f"({needed * row_bytes / 2**30:.2f} GiB); those so far ({self.num_centers:,}) are kept"
         ) from reason
 
-    def _append(self, x: Tensor, y: Tensor) -> None:
-        """Store samples as centers, with everything derived from them."""
+    def _append(self, x: Tensor, y: Tensor, norms: Tensor | None = None) -> None:
+        """Store samples as centers, with everything derived from them (norms may be known)."""
         start, end = self.num_centers, self.num_centers + x.shape[0]
         self._reserve(end)
         self._centers[start:end] = x
         self._targets[start:end] = y
-        self._derive(start, end)
+        self._derive(start, end, norms)
         self.num_centers = end
 
-    def _derive(self, start: int, end: int) -> None:
+    def _derive(self, start: int, end: int, norms: Tensor | None) -> None:
         """Compute what follows from centers and targets: arranged keys, norms, rows of values."""
         arranged = self.kernel.arrange(self._centers[start:end])
         if self._arranged.shape[0]:
             self._arranged[start:end] = arranged
-        norms = self.kernel.summarize(arranged)
-        self._norms[start:end] = norms
-        if norms.numel() and self.kernel.kernel_type != "cosine":
-            self._max_norm = max(self._max_norm, float(norms.sum(dim=1).max()))
+        self._norms[start:end] = self.kernel.summarize(arranged) if norms is None else norms
         if self.classification:
             self._columns[start:end] = 0
             self._columns[start:end].scatter_(1, self._targets[start:end, None], 1)
@@ -276,14 +273,14 @@ class DynamicNeighbors(nn.Module):
                 f"fit a layer of {self.num_features} features"
             )
             return
-        self.num_centers, self._max_norm = 0, 0.0
+        self.num_centers = 0
         self._create(0, like=self._centers)
         self._append(centers.to(self._centers), targets.to(self._targets))
 
     def keep(self, selected: Tensor) -> None:
         """Keep only the centers whose entry in `selected` (N,), bool, is true, in their order."""
         centers, targets = self.centers[selected], self.targets[selected]
-        self.num_centers, self._max_norm = 0, 0.0
+        self.num_centers = 0
         self._create(0, like=self._centers)
         self._append(centers, targets)
 
@@ -295,7 +292,7 @@ class DynamicNeighbors(nn.Module):
             return TopKVotes(self.kernel, queries, self.K if self.predictor == "knn" else 1)
         if not self.kernel.inverse:
             return ConeVotes(self.kernel)
-        safe = self.kernel.weights_fit(queries, norms, self._max_norm)
+        safe = self.kernel.weights_fit(norms, self._norms[: self.num_centers])
         return InterpVotes(self.kernel, queries, self._columns.shape[1], safe)
 
     def _buffers_for(self, rows: int, block: int) -> tuple[Tensor, Tensor]:
@@ -460,7 +457,7 @@ class DynamicNeighbors(nn.Module):
             rounds += 1
             wrong = (~right).nonzero().flatten()[: self.max_neighbors - self.num_centers] + first
             before = self.num_centers
-            self._append(x[wrong], y[wrong])
+            self._append(x[wrong], y[wrong], norms[wrong])
             added += len(wrong)
             self._accumulate(voters, queries, norms, before, self.num_centers, slice(first, last))
 

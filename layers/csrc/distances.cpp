@@ -1,0 +1,62 @@
+// Squared Euclidean distances of a few points by their differences, without the loss of digits that |x|^2 + |c|^2 - 2xc
+// has for neighbors. Plain C interface for ctypes, no dependencies; layers/distance_kernels.py holds the PyTorch path.
+// One thread: it is for blocks too small to share out.
+
+#include <cstdint>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16, TILE = 4;  // TILE x TILE sums, TILE keys and two more stay in registers
+#elif defined(__AVX__)
+constexpr int VL = 8, TILE = 3;
+#else
+constexpr int VL = 4, TILE = 2;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+// ROWS queries x COLS keys of D numbers: out[r * stride + c].
+template <int ROWS, int COLS>
+void tile(const float* queries, const float* keys, int64_t D, float* out, int64_t stride) {
+  vf sums[ROWS][COLS] = {};
+  int64_t d = 0;
+  for (; d + VL <= D; d += VL) {
+    vf key[COLS];
+    for (int c = 0; c < COLS; ++c) key[c] = *reinterpret_cast<const vfu*>(keys + c * D + d);
+    for (int r = 0; r < ROWS; ++r) {
+      const vf query = *reinterpret_cast<const vfu*>(queries + r * D + d);
+      for (int c = 0; c < COLS; ++c) {
+        const vf t = query - key[c];
+        sums[r][c] += t * t;
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) {
+      float s = 0;
+      for (int64_t e = d; e < D; ++e) {
+        const float t = queries[r * D + e] - keys[c * D + e];
+        s += t * t;
+      }
+      for (int lane = 0; lane < VL; ++lane) s += sums[r][c][lane];
+      out[r * stride + c] = s;
+    }
+}
+
+template <int ROWS>
+void band(const float* queries, const float* keys, int64_t N, int64_t D, float* out, int64_t stride) {
+  int64_t n = 0;
+  for (; n + TILE <= N; n += TILE) tile<ROWS, TILE>(queries, keys + n * D, D, out + n, stride);
+  for (; n < N; ++n) tile<ROWS, 1>(queries, keys + n * D, D, out + n, stride);
+}
+
+}  // namespace
+
+// queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous.
+extern "C" void nd_squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
+  int64_t b = 0;
+  for (; b + TILE <= B; b += TILE) band<TILE>(queries + b * D, keys, N, D, out + b * N, N);
+  for (; b < B; ++b) band<1>(queries + b * D, keys, N, D, out + b * N, N);
+}
