@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from layers.dynamic import PREDICTORS
 from models import MODELS, model_class
 from models.features import PCA, penultimate_features
 from models.knn import VOTES
-from models.n3net import PRESETS, load_pretrained, read_weights
+from models.n3net import PRESETS, load_pretrained
 from models.tiling import check_tiles, forward_in_tiles
 from train_eval import (
     ApproximationTask,
@@ -64,6 +64,7 @@ from train_eval import (
     generate_text,
     load_checkpoint,
     mse_to_psnr,
+    read_weights,
     restore,
     train_one_epoch,
 )
@@ -929,6 +930,17 @@ def parse_arguments(
     return args, given | set(former), checkpoint
 
 
+def differing_flags(
+    names: Iterable[str], stored: Mapping[str, Any], args: argparse.Namespace
+) -> str:
+    """Say which of these flags a stored run has otherwise; empty if none."""
+    return "; ".join(
+        f"--{name} is {stored[name]} there and {getattr(args, name)} here"
+        for name in sorted(names)
+        if name in stored and stored[name] != getattr(args, name)
+    )
+
+
 def read_checkpoint(
     parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
 ) -> dict[str, Any]:
@@ -953,15 +965,10 @@ def read_checkpoint(
         fixed = {"model", *MODEL_FLAGS.get(model, ())}
         if model in MODELS and model_class(model).uses_layer:
             fixed |= {"layer", *LAYER_FLAGS.get(stored.get("layer"), ())}
-    differing = [
-        f"--{name} is {stored.get(name)} there and {getattr(args, name)} here"
-        for name in sorted(fixed)
-        if name in given and name in stored and getattr(args, name) != stored[name]
-    ]
-    if differing:
+    if differing := differing_flags(fixed & given, stored, args):
         parser.error(
             f"{flag}: {path} was made by another "
-            f"{'run' if args.resume else 'architecture'}: {'; '.join(differing)}. Leave these "
+            f"{'run' if args.resume else 'architecture'}: {differing}. Leave these "
             "flags out (they are taken from the checkpoint), or choose another checkpoint."
         )
     for name, value in stored.items():
@@ -981,15 +988,8 @@ def adopt_pretrained(
     fixed = {"model", *MODEL_FLAGS.get(stored.get("model", ""), ()), "layer", "color"}
     fixed |= set(LAYER_FLAGS.get(stored.get("layer", ""), ()))
     fixed = (fixed & set(stored)) - {"bn_momentum"}
-    differing = [
-        f"--{name} is {stored[name]} there and {getattr(args, name)} here"
-        for name in sorted(fixed & given)
-        if stored[name] != getattr(args, name)
-    ]
-    if differing:
-        parser.error(
-            f"--pretrained {args.pretrained} was made with other options: {'; '.join(differing)}."
-        )
+    if differing := differing_flags(fixed & given, stored, args):
+        parser.error(f"--pretrained {args.pretrained} was made with other options: {differing}.")
     for name in fixed:
         setattr(args, name, stored[name])
 

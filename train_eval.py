@@ -28,6 +28,7 @@ from utils import (
     plot_growth,
     plot_learning_curves,
     psnr,
+    read_tensor_file,
     save_checkpoint,
     save_panels,
     set_random_state,
@@ -57,6 +58,7 @@ __all__ = [
     "generate_text",
     "load_checkpoint",
     "mse_to_psnr",
+    "read_weights",
 ]
 
 
@@ -885,15 +887,46 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: If the file is missing, damaged or no checkpoint.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint {path}.") from error
-    except Exception as error:  # torch.load documents no error types: zip, pickle, EOF, runtime
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    checkpoint = read_tensor_file(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint or "args" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of this program (it lacks 'model' and 'args').")
     return checkpoint
+
+
+def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the weights of a published checkpoint, of one of this program, or a plain state dict.
+
+    Nothing but tensors and plain types is unpickled.
+
+    Args:
+        path: The file (`051_ckpt.t7`, `best.pt`, …).
+
+    Returns:
+        The weights by name, and the arguments of the run where the file holds them.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or holds no weights.
+    """
+    content = read_tensor_file(path)
+    weights: Any = content
+    arguments: dict[str, Any] = {}
+    if isinstance(content, Mapping):
+        arguments = dict(content.get("args") or {}) if "model" in content else {}
+        for name in ("net", "model", "state_dict"):
+            if isinstance(content.get(name), Mapping):
+                weights = content[name]
+                break
+    if (
+        not isinstance(weights, Mapping)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
+        raise ValueError(
+            f"{path} holds no weights: expected tensors by name, or such a table under "
+            "'net' (published files) or 'model' (this program)."
+        )
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights, arguments
 
 
 def restore(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Progress:

@@ -36,6 +36,7 @@ __all__ = [
     "plot_learning_curves",
     "plot_neighbors",
     "psnr",
+    "read_tensor_file",
     "save_checkpoint",
     "save_panels",
     "seed_everything",
@@ -111,6 +112,21 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> N
     """Save tensors and plain types atomically (they load with ``weights_only=True``)."""
     with atomic_path(path) as temporary:
         torch.save(dict(checkpoint), temporary)
+
+
+def read_tensor_file(path: str | os.PathLike) -> Any:
+    """Read what ``torch.save`` wrote, to the CPU; nothing but tensors and plain types is unpickled.
+
+    Raises:
+        ValueError: If the file is missing or damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"there is no checkpoint {path}.") from error
+    except Exception as error:  # torch.load documents no error types: zip, pickle, EOF, runtime
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
 def format_args(args: Mapping[str, Any]) -> str:

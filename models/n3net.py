@@ -5,19 +5,16 @@ https://arxiv.org/abs/1810.12575. Parameter names and shapes are those of the pu
 checkpoints, which `load_pretrained` reads (a file that the user has; it may not be passed on).
 """
 
-import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layers.n3 import ConcreteBlock, KNNBlock, N3Block
 from models.dncnn import DnCNN
 
-__all__ = ["PRESETS", "N3Net", "load_pretrained", "read_weights"]
+__all__ = ["PRESETS", "N3Net", "load_pretrained"]
 
 # Rows of the paper's ablation: model, and the options that differ from its defaults.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -200,48 +197,6 @@ class N3Net(nn.Module):
 _DEAD = re.compile(r"blocks\.\d+\.bn1\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
-def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights of a published checkpoint, of one of this program, or a plain state dict.
-
-    Nothing but tensors and plain types is unpickled.
-
-    Args:
-        path: The file (`051_ckpt.t7`, `best.pt`, …).
-
-    Returns:
-        The weights by name, and the arguments of the run where the file holds them.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or holds no weights.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"there is no checkpoint {path}.") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    weights: Any = content
-    arguments: dict[str, Any] = {}
-    if isinstance(content, Mapping):
-        arguments = dict(content.get("args") or {}) if "model" in content else {}
-        for name in ("net", "model", "state_dict"):
-            if isinstance(content.get(name), Mapping):
-                weights = content[name]
-                break
-    if (
-        not isinstance(weights, Mapping)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        raise ValueError(
-            f"{path} holds no weights: expected tensors by name, or such a table under "
-            "'net' (published files) or 'model' (this program)."
-        )
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights, arguments
-
-
 def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Load weights by name; every one must arrive.
 
@@ -250,7 +205,7 @@ def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str
 
     Args:
         model: A DnCNN or N3Net.
-        weights: From `read_weights`.
+        weights: By name, as `train_eval.read_weights` gives them.
 
     Returns:
         Names that were left out.

@@ -11,9 +11,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from dataset import NoisyCrops, NoisyImages
 from main import build_parser, main, parse_arguments
 from models import DnCNN, N3Net
-from models.n3net import PRESETS, load_pretrained, read_weights
+from models.n3net import PRESETS, load_pretrained
 from models.tiling import forward_in_tiles
-from train_eval import DenoisingTask, build_optimizer, build_scheduler
+from train_eval import DenoisingTask, build_optimizer, build_scheduler, read_weights
 from utils import psnr, ssim
 
 close = torch.testing.assert_close
