@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers import native
 from layers.patches import (
     CHUNK_BYTES,
     PatchGrid,
@@ -27,13 +28,14 @@ from layers.patches import (
     WindowTiles,
     aggregate_part,
     aggregate_tiles,
+    chunks,
     distances_of_part,
-    kernels,
     patch_norms,
     tile_bytes,
     tile_distances,
     write_out,
 )
+from layers.windows import Windows, kernels, window_aggregate, window_distances
 
 __all__ = [
     "ConcreteBlock",
@@ -54,6 +56,7 @@ SATURATION = (
 )  # 1 - w below this counts as 0, as it does when the formula is evaluated in float64
 
 
+WINDOW_BYTES = 4 * 2**20  # weights of windows alive at a time in inference
 CHUNK_ROWS = 2**16  # numbers of a chunk in the rounds: small enough to stay in cache
 
 
@@ -94,20 +97,15 @@ def _rounds_by_logs(logits: Tensor, weights: Tensor, saturation: float) -> None:
         alpha = alpha + change.log1p().scatter(-1, top, gone)
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
 def _relax_forward(logits: Tensor, K: int, saturation: float) -> Tensor:
     """Weights (R, K, O) of logits (R, O)."""
     weights = logits.new_empty(logits.shape[0], K, logits.shape[1])
-    logits = logits.contiguous()
     lib = kernels(logits) if saturation == SATURATION else None
     if lib is not None:
-        first = torch.softmax(logits, -1)
-        left = torch.empty(len(first), dtype=torch.uint8)
-        pointers = [t.data_ptr() for t in (first, weights, left)]
-        if lib.relaxed_forward(*pointers, *first.shape[:1], K, first.shape[1], _threads()):
+        first = torch.softmax(logits, -1).contiguous()
+        left = torch.empty(len(first), dtype=torch.bool)
+        native.run(lib.relaxed_forward, first, weights, left, len(first), K, first.shape[1])
+        if left.any():
             rows = left.nonzero()[:, 0]
             again = weights.new_empty(len(rows), *weights.shape[1:])
             _rounds_by_logs(logits[rows], again, saturation)
@@ -156,11 +154,9 @@ class _RelaxedSelection(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         r, k, n = weights.shape
         out = weights.new_empty(r, n)
-        grad = grad.contiguous()
         lib = kernels(weights, grad)
         if lib is not None:
-            pointers = [t.data_ptr() for t in (weights, grad, out)]
-            lib.relaxed_backward(*pointers, r, k, n, _threads())
+            native.run(lib.relaxed_backward, weights, grad.contiguous(), out, r, k, n)
             return out, None, None
         step = max(1, CHUNK_ROWS // max(1, weights.shape[2]))
         for i in range(0, len(out), step):
@@ -609,25 +605,55 @@ class N3Aggregation2d(nn.Module):
             Volumes (B, K·C, H, W): all channels of the nearest, then of the second nearest, and so
                 on.
         """
-        b, c, height, width = values.shape
+        height, width = values.shape[2:]
         grid = self.grid(height, width, pad_start)
         with torch.autocast(values.device.type, enabled=False):
             full = torch.float64 if values.dtype == torch.float64 else torch.float32
-            blocks = grid.to_blocks(grid.pad(values.to(full)))
+            images = grid.pad(values.to(full))
             features = grid.pad(features.to(full))
             # Distances are unchanged by a common shift, and lose fewer digits around zero.
             features = features - features.detach().mean((2, 3), keepdim=True)
-            matched = grid.to_blocks(features)
             if log_temp is not None:
                 log_temp = self.patch_temperatures(grid.pad(log_temp.to(full)), grid)
-            tiles = WindowTiles(grid.rows, grid.cols, self.window, grid.ratio, values.device, full)
-            if torch.is_grad_enabled() or self.aggregation.nnn.needs_all:
-                distances = tile_distances(matched, tiles)  # (B, T, p, q, u, v)
-                weights = self._select(distances, log_temp, tiles.part(0, tiles.count))
-                sums = aggregate_tiles(weights, blocks, tiles)  # (B, G, K, F)
-            else:
-                sums = self._stream(matched, blocks, log_temp, tiles)
-            return grid.from_blocks(sums, c).to(values.dtype)
+            by_window = Windows.usable(grid, images, features)
+            volumes = self._by_windows if by_window else self._by_tiles
+            return volumes(images, features, log_temp, grid).to(values.dtype)
+
+    def _by_windows(
+        self, images: Tensor, features: Tensor, log_temp: Tensor | None, grid: PatchGrid
+    ) -> Tensor:
+        """Volumes from padded images and features and log temperatures (B, M), compiled."""
+        nnn, windows = self.aggregation.nnn, Windows(grid, self.window)
+        if torch.is_grad_enabled() or nnn.needs_all:
+            distances = window_distances(features, windows)  # (B, M, O)
+            weights = nnn(distances, log_temp, windows.barred(0, grid.rows))
+            return window_aggregate(weights, images, windows)
+        (b, c), n = images.shape[:2], grid.cols
+        out = images.new_empty(b, nnn.K * c, grid.height, grid.width)
+        columns, rows = windows.columns(features), windows.rows(images)
+        row_bytes = 4 * n * (nnn.K + 2) * math.prod(windows.size)
+        for s, first, last in chunks(b, grid.block_rows, row_bytes, WINDOW_BYTES):
+            begin, end = max(0, first - grid.ratio + 1), min(grid.rows, last)
+            distances = windows.distances(columns[s], begin, end)
+            here = None if log_temp is None else log_temp[s, begin * n : end * n]
+            weights = nnn(distances, here, windows.barred(begin, end)).contiguous()
+            windows.aggregate(weights, rows[s], out[s], (begin, end), (first, last))
+        return out
+
+    def _by_tiles(
+        self, images: Tensor, features: Tensor, log_temp: Tensor | None, grid: PatchGrid
+    ) -> Tensor:
+        """Volumes from padded images and features and log temperatures (B, M)."""
+        blocks, matched = grid.to_blocks(images), grid.to_blocks(features)
+        device, dtype = images.device, images.dtype
+        tiles = WindowTiles(grid.rows, grid.cols, self.window, grid.ratio, device, dtype)
+        if torch.is_grad_enabled() or self.aggregation.nnn.needs_all:
+            distances = tile_distances(matched, tiles)  # (B, T, p, q, u, v)
+            weights = self._select(distances, log_temp, tiles.part(0, tiles.count))
+            sums = aggregate_tiles(weights, blocks, tiles)  # (B, G, K, F)
+        else:
+            sums = self._stream(matched, blocks, log_temp, tiles)
+        return grid.from_blocks(sums, images.shape[1])
 
     def _select(self, distances: Tensor, log_temp: Tensor | None, part: TileIndices) -> Tensor:
         """Weights (B, T, p, q, K, u, v) from distances (B, T, p, q, u, v) of some tiles."""
@@ -647,7 +673,7 @@ class N3Aggregation2d(nn.Module):
         b, g, f = blocks.shape
         out = blocks.new_zeros(b, g, K * f)
         norms = patch_norms(matched, tiles.grid, tiles.ratio)
-        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * K)):
+        for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * K)):
             part = tiles.part(i, j)
             distances = distances_of_part(matched[s], norms[s], part, tiles.ratio)
             here = None if log_temp is None else log_temp[s]

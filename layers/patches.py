@@ -20,7 +20,6 @@ d) key blocks of a tile, (p, q) query patches and (u, v) key patches of a tile, 
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,40 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers import native
-
 __all__ = ["PatchGrid", "WindowTiles", "aggregate_tiles", "tile_distances"]
 
 CHUNK_BYTES = 16 * 2**20  # intermediate products alive at a time; about what stays in cache
-
-
-def _declare(lib: ctypes.CDLL) -> None:
-    """Set the argument types of `csrc/relaxed.cpp`."""
-    if lib.relaxed_abi() != 2:
-        raise OSError("another version of the kernels")
-    pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.relaxed_forward.argtypes = [pointer] * 3 + [number] * 3 + [threads]
-    lib.relaxed_forward.restype = number
-    lib.relaxed_backward.argtypes = [pointer] * 3 + [number] * 3 + [threads]
-    lib.relaxed_backward.restype = None
-    lib.spread_tiles.argtypes = [pointer] * 3 + [number] * 7 + [threads]
-    lib.spread_tiles.restype = None
-    lib.sum_tiles.argtypes = [pointer] * 2 + [number] * 6 + [threads]
-    lib.sum_tiles.restype = None
-    lib.scale_between.argtypes = [pointer] * 3 + [number] * 5 + [threads] * 2
-    lib.scale_between.restype = None
-
-
-def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
-    """Return the compiled kernels if they exist here and can take these tensors."""
-    if torch.compiler.is_compiling():
-        return None
-    for t in tensors:
-        if t is not None and (
-            t.device.type != "cpu" or t.dtype != torch.float32 or not t.is_contiguous()
-        ):
-            return None
-    return native.optional("relaxed", _declare, ("-fopenmp-simd",))
 
 
 def write_out(operation: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -71,6 +39,22 @@ def write_out(operation: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tenso
         out.copy_(operation(a, b))
     else:
         operation(a, b, out=out)
+
+
+def chunks(
+    batch: int, count: int, size: int, budget: int = CHUNK_BYTES
+) -> list[tuple[slice, int, int]]:
+    """Cut batch × count things of `size` bytes into pieces within a budget: samples, first, end."""
+    fits = max(1, budget // max(1, size))
+    if fits < count:
+        samples, step = 1, fits
+    else:
+        samples, step = max(1, fits // count), count
+    return [
+        (slice(b, min(b + samples, batch)), i, min(i + step, count))
+        for i in range(0, count, step)
+        for b in range(0, batch, samples)
+    ]
 
 
 @dataclass(frozen=True)
@@ -217,11 +201,6 @@ def _scale_between(
     b, _, k, _ = rows.shape
     s, g1, g2 = grid.stride, grid.block_rows, grid.block_cols
     scale = 1 / grid.counts(rows.device, rows.dtype)
-    lib = kernels(rows, images)
-    if lib is not None:
-        pointers = [t.data_ptr() for t in (rows, images, scale)]
-        lib.scale_between(*pointers, b, k * channels, g1, g2, s, int(back), torch.get_num_threads())
-        return
     rows = rows.view(b, g1, g2, k, channels, s, s).permute(0, 3, 4, 1, 5, 2, 6)
     images = images.view(b, k, channels, g1, s, g2, s)
     scale = scale.view(g1, 1, g2, 1)
@@ -303,19 +282,6 @@ class WindowTiles:
             fresh=fresh,
             whole=self.count == 1,
         )
-
-    def chunks(self, batch: int, bytes_per_tile: int) -> list[tuple[slice, int, int]]:
-        """Cut batch × tiles into pieces within the byte budget: samples, first and last tile."""
-        fits = max(1, CHUNK_BYTES // max(1, bytes_per_tile))
-        if fits < self.count:
-            samples, step = 1, fits
-        else:
-            samples, step = max(1, fits // self.count), self.count
-        return [
-            (slice(b, min(b + samples, batch)), i, min(i + step, self.count))
-            for i in range(0, self.count, step)
-            for b in range(0, batch, samples)
-        ]
 
 
 class _Axis:
@@ -416,14 +382,6 @@ def diagonal_sum(x: Tensor, ratio: int, out: Tensor | None = None) -> Tensor:
     """Sum r × r diagonal steps: (…, a, b, K, c, d) -> (…, p, q, K, u, v) with p = a - r + 1."""
     if ratio == 1:
         return x if out is None else out.copy_(x)
-    lib = kernels(x, out) if ratio == 2 else None
-    if lib is not None:
-        *lead, a, b, k, c, d = x.shape
-        shape = (a - 1, b - 1, k, c - 1, d - 1)
-        out = x.new_empty(*lead, *shape) if out is None else out
-        threads = torch.get_num_threads()
-        lib.sum_tiles(x.data_ptr(), out.data_ptr(), math.prod(lead), *shape, threads)
-        return out
     return _diagonal_sum(_diagonal_sum(x, -5, ratio), -4, ratio, out)
 
 
@@ -461,15 +419,6 @@ def diagonal_spread(x: Tensor, ratio: int, fresh: Tensor | None = None) -> Tenso
 
     `fresh` (T, p, q), for x (B, T, p, q, K, u, v): factors 0 or 1 of the queries.
     """
-    lib = kernels(x, fresh) if ratio == 2 else None
-    if lib is not None:
-        *lead, p, q, k, u, v = x.shape
-        out = x.new_empty(*lead, p + 1, q + 1, k, u + 1, v + 1)
-        mask = None if fresh is None else fresh.data_ptr()
-        tiles, same = math.prod(lead), 1 if fresh is None else len(fresh)
-        threads = torch.get_num_threads()
-        lib.spread_tiles(x.data_ptr(), mask, out.data_ptr(), tiles, same, p, q, k, u, v, threads)
-        return out
     if fresh is not None:
         x = x * fresh[..., None, None, None]
     if ratio == 1:
@@ -517,7 +466,7 @@ class _TileDistances(torch.autograd.Function):
         norms = patch_norms(blocks, tiles.grid, tiles.ratio)
         b = blocks.shape[0]
         out = blocks.new_empty(b, tiles.count, *tiles.query_shape, *tiles.key_shape)
-        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2)):
+        for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2)):
             part = tiles.part(i, j)
             out[s, i:j] = distances_of_part(blocks[s], norms[s], part, tiles.ratio)
         return out
@@ -529,7 +478,7 @@ class _TileDistances(torch.autograd.Function):
         b, g, _ = blocks.shape
         out = torch.zeros_like(blocks)
         norms = blocks.new_zeros(b, tiles.grid[0] * tiles.grid[1])  # gradient of the squared norms
-        for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2)):
+        for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2)):
             part = tiles.part(i, j)
             here = grad[s, i:j]
             norms[s].index_add_(1, part.query.flatten(), here.sum((-1, -2)).flatten(1))
@@ -595,7 +544,7 @@ class _AggregateTiles(torch.autograd.Function):
         ctx.spread = tiles.count == 1
         kept = [
             aggregate_part(weights[s, i:j], blocks[s], tiles.part(i, j), tiles.ratio, out[s])
-            for s, i, j in tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k))
+            for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * k))
         ]
         # On a small grid they cost little more than the weights themselves.
         ctx.save_for_backward(blocks, *(kept if ctx.spread else [weights]))
@@ -614,7 +563,7 @@ class _AggregateTiles(torch.autograd.Function):
             grad_weights = blocks.new_empty(shape)
         if want_blocks:
             grad_blocks = torch.zeros_like(blocks)
-        pieces = tiles.chunks(b, tile_bytes(tiles, blocks, 2 * k))
+        pieces = chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * k))
         for number, (s, i, j) in enumerate(pieces):
             part = tiles.part(i, j)
             t, n1, n2 = part.query_blocks.shape

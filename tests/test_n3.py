@@ -417,20 +417,37 @@ def test_bad_options(call, message):
         call()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 80, 80), (2, 2, 131, 57), (1, 2, 40, 45)])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 3, 80, 80), {}),
+        ((2, 2, 131, 57), {}),
+        ((1, 2, 40, 45), {"window": 3}),
+        ((3, 1, 41, 37), {"patch_size": 6, "stride": 2, "window": 17}),
+        ((1, 9, 22, 31), {"patch_size": 4, "stride": 4, "window": 5, "pad_mode": "reflect"}),
+        ((1, 1, 44, 40), {"patch_size": 18, "stride": 18, "window": 5}),
+    ],
+)
 @pytest.mark.parametrize("train", [True, False])
-def test_compiled_kernels_agree_with_plain_torch(shape, train, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_kernels_agree_with_plain_torch(shape, options, train, threads, monkeypatch):
     x, features = torch.randn(shape), 0.05 * torch.randn(shape)
     log_temp = torch.randn(shape[0], 1, *shape[2:])
-    results = []
+    monkeypatch.setattr("layers.n3.WINDOW_BYTES", 2**16)  # some rows at a time
+    K = 4 if shape[2] < 80 else 9
+    before, results = torch.get_num_threads(), []
     for native in ("1", "0"):
         monkeypatch.setenv("NEIGHBORS_NATIVE", native)
-        layer = N3Aggregation2d(NeuralNearestNeighbors(4)).train(train)
+        layer = N3Aggregation2d(NeuralNearestNeighbors(K), **options).train(train)
         leaves = [t.clone().requires_grad_() for t in (x, features, log_temp)]
-        out = layer(*leaves)
-        grads = torch.autograd.grad(out, leaves, torch.ones_like(out) + out.detach())
-        with torch.no_grad():
-            results.append([out, layer(*leaves), *grads])
+        torch.set_num_threads(threads)
+        try:
+            out = layer(*leaves)
+            grads = torch.autograd.grad(out, leaves, torch.ones_like(out) + out.detach())
+            with torch.no_grad():
+                results.append([out, layer(*leaves), *grads])
+        finally:
+            torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
         close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 

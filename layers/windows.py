@@ -1,0 +1,242 @@
+"""Compiled arithmetic of image patches and the windows around them; what `layers.n3` uses on a CPU.
+
+It does what `layers.patches` does in tiles, a window at a time: every patch has exactly the
+candidates of its own window, block products and sums of weights stay in cache, and averaged images
+are written at once. Nothing larger than the weights is ever stored. Works in float32 where the
+stride divides the patch and a compiler is at hand (`layers.native`).
+
+Symbols: B batch, C channels, G1 × G2 blocks, F = C·stride² numbers in a block, M patches, O patches
+of a window (the query among them: `Windows.barred` says which it is), K volumes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers import native
+from layers.patches import PatchGrid
+
+__all__ = ["Windows", "kernels", "window_aggregate", "window_distances"]
+
+_SLACK = 64  # floats that the kernels may read beyond the columns
+_MAX_RATIO = 4
+_MAX_PARTS = 8  # summands of a gradient that threads gather apart
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    """Set the argument types of `csrc/relaxed.cpp`."""
+    if lib.relaxed_abi() != 3:
+        raise OSError("another version of the kernels")
+    p, i, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.relaxed_forward.argtypes = [p] * 3 + [i] * 3 + [threads]
+    lib.relaxed_backward.argtypes = [p] * 3 + [i] * 3 + [threads]
+    lib.window_rows.argtypes = [p] * 3 + [threads] * 2
+    lib.window_columns.argtypes = [p] * 3 + [threads]
+    lib.window_distances.argtypes = [p] * 4 + [i] * 2 + [threads]
+    lib.window_distances_backward.argtypes = [p] * 4 + [i, threads]
+    lib.window_aggregate.argtypes = [p] * 4 + [i] * 4 + [threads]
+    lib.window_aggregate_backward.argtypes = [p] * 6 + [i, threads]
+
+
+def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Return the compiled kernels if they exist here and can take these tensors."""
+    if torch.compiler.is_compiling() or any(
+        t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors
+    ):
+        return None
+    return native.optional("relaxed", _declare, ("-fopenmp-simd",))
+
+
+class Windows:
+    """Patches of images of one size, and the window of candidates of each.
+
+    Args:
+        grid: Positions of the patches.
+        window: Side of the window in patches; it shrinks to the grid where the grid is smaller.
+    """
+
+    def __init__(self, grid: PatchGrid, window: int) -> None:
+        self.grid = grid
+        self.size = min(window, grid.rows), min(window, grid.cols)
+        self.blocks = grid.block_rows, grid.block_cols
+
+    @staticmethod
+    def usable(grid: PatchGrid, *tensors: Tensor) -> bool:
+        """Tell whether there are kernels for these patches."""
+        fits = grid.patch % grid.stride == 0 and grid.ratio <= _MAX_RATIO
+        return fits and kernels(*tensors) is not None
+
+    def sizes(self, samples: int, channels: int, volumes: int) -> ctypes.Array:
+        """Sizes in the order of the kernels."""
+        grid = self.grid
+        top, _, left, _ = grid.pads
+        numbers = [samples, grid.rows, grid.cols, grid.ratio, *self.size, channels, grid.stride]
+        numbers += [volumes, grid.height, grid.width, top, left]
+        return (ctypes.c_int64 * len(numbers))(*numbers)
+
+    def barred(self, begin: int, end: int) -> Tensor:
+        """-inf where a patch of rows begin … end - 1 meets itself, else 0 (M, O)."""
+        down, across = self.size
+
+        def own(i: Tensor, n: int, window: int) -> Tensor:
+            return i - (i - window // 2).clamp(0, n - window)
+
+        row = own(torch.arange(begin, end), self.grid.rows, down)
+        col = own(torch.arange(self.grid.cols), self.grid.cols, across)
+        place = (row[:, None] * across + col).view(-1, 1)
+        return torch.zeros(len(place), down * across).scatter_(1, place, -torch.inf)
+
+    def _pack_sizes(self, samples: int, channels: int) -> ctypes.Array:
+        """Sizes of padded images, which have nothing to be cut off."""
+        sizes = self.sizes(samples, channels, 1)
+        sizes[-4:] = (*self.grid.padded, 0, 0)
+        return sizes
+
+    def rows_shape(self, samples: int, channels: int) -> tuple[int, ...]:
+        """Shape of rows of blocks (B, G1, G2, F up to a multiple of 16)."""
+        return samples, *self.blocks, math.ceil(channels * self.grid.stride**2 / 16) * 16
+
+    def rows(self, images: Tensor) -> Tensor:
+        """Padded images (B, C, Hp, Wp) as rows of blocks (B, G1, G2, F up to a multiple of 16)."""
+        b, c = images.shape[:2]
+        out = images.new_empty(self.rows_shape(b, c))
+        sizes = self._pack_sizes(b, c)
+        native.run(kernels().window_rows, sizes, images.contiguous(), out, 0)
+        return out
+
+    def from_rows(self, parts: Tensor, channels: int) -> Tensor:
+        """Images (B, C, Hp, Wp) of the sum of rows (parts, B, G1, G2, F up to …)."""
+        rows = parts.sum(0) if len(parts) > 1 else parts[0]
+        b = len(rows)
+        out = rows.new_empty(b, channels, *self.grid.padded)
+        native.run(kernels().window_rows, self._pack_sizes(b, channels), out, rows, 1)
+        return out
+
+    def columns(self, images: Tensor) -> Tensor:
+        """Padded images (B, C, Hp, Wp) as columns of blocks (B, G1, F, G2), with slack behind."""
+        b, c = images.shape[:2]
+        flat = images.new_empty(images.numel() + _SLACK)
+        out, slack = flat[: images.numel()], flat[images.numel() :]
+        slack.zero_()
+        sizes = self._pack_sizes(b, c)
+        native.run(kernels().window_columns, sizes, images.contiguous(), out)
+        return out.view(b, self.blocks[0], -1, self.blocks[1])
+
+    def parts(self, samples: int) -> int:
+        """Summands of a gradient of the blocks: as many as give each thread the same work."""
+        threads = torch.get_num_threads()
+        return min(threads // math.gcd(samples, threads), _MAX_PARTS, self.grid.rows)
+
+    def distances(self, columns: Tensor, begin: int, end: int) -> Tensor:
+        """Squared distances (B, M, O) of the patches in rows begin … end - 1."""
+        b, _, features, _ = columns.shape
+        grid = self.grid
+        norms = F.avg_pool2d(columns.square().sum(2), grid.ratio, 1, divisor_override=1)
+        out = columns.new_empty(b, (end - begin) * grid.cols, math.prod(self.size))
+        sizes = self.sizes(b, features // grid.stride**2, 1)
+        native.run(kernels().window_distances, sizes, columns, norms, out, begin, end)
+        return out
+
+    def aggregate(
+        self,
+        weights: Tensor,
+        rows: Tensor,
+        out: Tensor,
+        patches: tuple[int, int],
+        blocks: tuple[int, int],
+    ) -> None:
+        """Write some rows of blocks of the averaged volumes.
+
+        Args:
+            weights: Weights (B, M, K, O) of the patches in rows `patches` (begin, end), among them
+                all over the blocks.
+            rows: What is summed, from `rows`.
+            out: Images (B, K·C, height, width).
+            patches: First row of patches, and the one after the last.
+            blocks: First row of blocks to be written, and the one after the last.
+        """
+        b, _, volumes, _ = weights.shape
+        sizes = self.sizes(b, out.shape[1] // volumes, volumes)
+        lib = kernels()
+        native.run(lib.window_aggregate, sizes, rows, weights, out, *patches, *blocks)
+
+
+class _WindowDistances(torch.autograd.Function):
+    """Squared distances; saves the images alone."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, windows: Windows) -> Tensor:
+        ctx.save_for_backward(images)
+        ctx.windows = windows
+        return windows.distances(windows.columns(images), 0, windows.grid.rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (images,) = ctx.saved_tensors
+        windows: Windows = ctx.windows
+        b, c = images.shape[:2]
+        rows = windows.rows(images)
+        out = rows.new_zeros(windows.parts(b), *rows.shape)
+        kernel = kernels().window_distances_backward
+        native.run(kernel, windows.sizes(b, c, 1), rows, grad.contiguous(), out, len(out))
+        return windows.from_rows(out, c), None
+
+
+def window_distances(images: Tensor, windows: Windows) -> Tensor:
+    """Squared Euclidean distances (B, M, O) of every patch and those of its window.
+
+    Args:
+        images: Padded images (B, C, Hp, Wp).
+        windows: Their patches.
+    """
+    return _WindowDistances.apply(images, windows)
+
+
+class _WindowAggregate(torch.autograd.Function):
+    """Averaged weighted patches; saves weights and images."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, images: Tensor, windows: Windows) -> Tensor:
+        weights = weights.contiguous()
+        ctx.save_for_backward(weights, images)
+        ctx.windows, grid = windows, windows.grid
+        b, c = images.shape[:2]
+        out = images.new_empty(b, weights.shape[2] * c, grid.height, grid.width)
+        patches, blocks = (0, grid.rows), (0, grid.block_rows)
+        windows.aggregate(weights, windows.rows(images), out, patches, blocks)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weights, images = ctx.saved_tensors
+        windows: Windows = ctx.windows
+        b, c = images.shape[:2]
+        want_weights, want_images = ctx.needs_input_grad[:2]
+        grad_weights = torch.empty_like(weights) if want_weights else None
+        parts, grad_rows = windows.parts(b), None
+        if want_images:
+            grad_rows = images.new_zeros(parts, *windows.rows_shape(b, c))
+        sizes = windows.sizes(b, c, weights.shape[2])
+        tensors = (windows.columns(images), weights, grad.contiguous(), grad_weights, grad_rows)
+        native.run(kernels().window_aggregate_backward, sizes, *tensors, parts)
+        grad_images = windows.from_rows(grad_rows, c) if want_images else None
+        return grad_weights, grad_images, None
+
+
+def window_aggregate(weights: Tensor, images: Tensor, windows: Windows) -> Tensor:
+    """Sum the patches of every window under its weights, and average where the sums overlap.
+
+    Args:
+        weights: Weights (B, M, K, O).
+        images: Padded images (B, C, Hp, Wp) that the patches are taken of.
+        windows: Their patches.
+
+    Returns:
+        Images (B, K·C, height, width), volume-major, without the padding.
+    """
+    return _WindowAggregate.apply(weights, images, windows)
