@@ -133,12 +133,12 @@ def _squared_distances(
         out = queries.new_empty(queries.shape[0], keys.shape[0])
     if keys.shape[0] == 0:
         return out
-    if keys.shape[1] <= _DIRECT_FEATURES:
-        return _direct_squared(keys, queries, out, work)
-    if out.numel() * keys.shape[1] <= _COMPILED_DIFFERENCES and _compiled_squared(
-        keys, queries, out
-    ):
+    few = keys.shape[1] <= _DIRECT_FEATURES
+    small = few or out.numel() * keys.shape[1] <= _COMPILED_DIFFERENCES
+    if small and _compiled_squared(keys, queries, out):
         return out
+    if few:
+        return _direct_squared(keys, queries, out, work)
     torch.addmm(key_squares, queries, keys.t(), alpha=-2, out=out)
     out.add_(query_squares[:, None]).clamp_(min=0)
     _repair_near(out, keys, queries, query_squares)

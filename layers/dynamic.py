@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.distance_kernels import DistanceKernel
-from layers.votes import ConeVotes, InterpVotes, TopKVotes
+from layers.votes import ConeSums, ConeVotes, InterpVotes, TopKVotes
 
 __all__ = ["PREDICTORS", "CentersFull", "DynamicNeighbors", "Growth"]
 
@@ -291,7 +291,7 @@ class DynamicNeighbors(nn.Module):
         if self.predictor != "interp":
             return TopKVotes(self.kernel, queries, self.K if self.predictor == "knn" else 1)
         if not self.kernel.inverse:
-            return ConeVotes(self.kernel)
+            return ConeVotes(self.kernel, queries)
         safe = self.kernel.weights_fit(norms, self._norms[: self.num_centers])
         return InterpVotes(self.kernel, queries, self._columns.shape[1], safe)
 
@@ -310,7 +310,7 @@ class DynamicNeighbors(nn.Module):
 
     def _accumulate(
         self,
-        voters: InterpVotes | ConeVotes | TopKVotes,
+        voters: InterpVotes | ConeSums | ConeVotes | TopKVotes,
         queries: Tensor,
         norms: Tensor,
         start: int,
@@ -373,10 +373,13 @@ class DynamicNeighbors(nn.Module):
         queries, norms = self.kernel.prepare_queries(x)
         columns, scores = self._columns, []
         if self.predictor == "interp" and not self.kernel.inverse:
-            voters = self._voters(queries, norms)  # one d_min for all parts
-            self._accumulate(voters, queries, norms, 0, self.num_centers)
-            weights = voters.weights(0, len(x))
-            scores = [self._finish(weights[:, a:b] @ columns[a:b]) for a, b in parts]
+            voters = ConeSums(self.kernel, queries, columns.shape[1])
+            self._accumulate(voters, queries, norms, 0, self.num_centers)  # one d_min for all parts
+            voters.counting = True
+            for first, last in parts:
+                voters.sums.zero_()
+                self._accumulate(voters, queries, norms, first, last)
+                scores.append(self._finish(voters.sums))
             return torch.cat(scores, dim=1)
         for first, last in parts:
             voters = self._voters(queries, norms)

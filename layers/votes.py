@@ -15,7 +15,7 @@ from torch import Tensor
 from layers.distance_kernels import DistanceKernel, power_
 from layers.neighbors import topk_rows
 
-__all__ = ["ConeVotes", "InterpVotes", "TopKVotes"]
+__all__ = ["ConeSums", "ConeVotes", "InterpVotes", "TopKVotes"]
 
 
 class InterpVotes:
@@ -46,29 +46,55 @@ class InterpVotes:
 
 
 class ConeVotes:
-    """The influence cone needs the minimum over all centers first: keeps every distance."""
+    """Votes of the influence cone while centers are added: keeps every distance.
 
-    def __init__(self, kernel: DistanceKernel) -> None:
-        self.kernel = kernel
+    How far a center reaches depends on the nearest one, which may come last.
+    """
+
+    def __init__(self, kernel: DistanceKernel, queries: Tensor) -> None:
+        self.factor = kernel.factor
+        self.nearest = queries.new_full((queries.shape[0], 1), float("inf"))
         self.blocks: list[tuple[int, slice, Tensor]] = []
 
     def update(self, distances: Tensor, columns: Tensor, offset: int, rows: slice) -> None:
         """Count a block of centers from number `offset` on, for some rows of the queries."""
+        nearest = self.nearest[rows]
+        torch.minimum(nearest, distances.amin(dim=1, keepdim=True), out=nearest)
         self.blocks.append((offset, rows, distances.clone()))
-
-    def weights(self, first: int, last: int) -> Tensor:
-        """Return the weights of all centers that were counted for some rows."""
-        blocks = [
-            block[first - rows.start : last - rows.start]
-            for _, rows, block in self.blocks
-            if rows.start <= first and last <= rows.stop
-        ]
-        return self.kernel.weights(torch.cat(blocks, dim=1))
 
     def result(self, columns: Tensor, first: int, last: int) -> Tensor:
         """Return the weighted sums of rows first..last, (rows, V)."""
-        start, weights = self.blocks[0][0], self.weights(first, last)
-        return weights @ columns[start : start + weights.shape[1]]
+        reach = self.factor * self.nearest[first:last]
+        sums = reach.new_zeros(last - first, columns.shape[1])
+        for offset, rows, block in self.blocks:
+            if rows.start <= first and last <= rows.stop:
+                weights = reach - block[first - rows.start : last - rows.start]
+                voters = columns[offset : offset + block.shape[1]]
+                sums.addmm_(weights.clamp_(min=0), voters)
+        return sums
+
+
+class ConeSums:
+    """Votes of the influence cone in two passes over a set of centers: the nearest, then the sums.
+
+    Attributes:
+        nearest: Distance to the nearest center so far, (B, 1); complete before `counting` is set.
+        counting: Whether `update` counts votes, instead of looking for the nearest.
+    """
+
+    def __init__(self, kernel: DistanceKernel, queries: Tensor, columns: int) -> None:
+        self.factor, self.counting = kernel.factor, False
+        self.nearest = queries.new_full((queries.shape[0], 1), float("inf"))
+        self.sums = queries.new_zeros(queries.shape[0], columns)
+
+    def update(self, distances: Tensor, columns: Tensor, offset: int, rows: slice) -> None:
+        """Look at a block of centers, for some rows of the queries."""
+        nearest = self.nearest[rows]
+        if not self.counting:
+            torch.minimum(nearest, distances.amin(dim=1, keepdim=True), out=nearest)
+            return
+        weights = torch.sub(self.factor * nearest, distances, out=distances).clamp_(min=0)
+        self.sums[rows].addmm_(weights, columns)
 
 
 class TopKVotes:

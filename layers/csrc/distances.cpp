@@ -1,7 +1,8 @@
 // Squared Euclidean distances of a few points by their differences, without the loss of digits that |x|^2 + |c|^2 - 2xc
-// has for neighbors. Plain C interface for ctypes, no dependencies; layers/distance_kernels.py holds the PyTorch path.
-// One thread: it is for blocks too small to share out.
+// has for neighbors: many features for a few points, a few features (coordinates) for many points. Plain C interface for
+// ctypes, no dependencies; layers/distance_kernels.py holds the PyTorch path. One thread: blocks are too small to share.
 
+#include <algorithm>
 #include <cstdint>
 
 namespace {
@@ -52,10 +53,41 @@ void band(const float* queries, const float* keys, int64_t N, int64_t D, float* 
   for (; n < N; ++n) tile<ROWS, 1>(queries, keys + n * D, D, out + n, stride);
 }
 
+// Few features: one vector of keys after the other, feature by feature, from a transposed copy of some keys.
+constexpr int64_t FEW = 16, STRETCH = 256;
+
+void few_features(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
+  float columns[FEW * STRETCH] = {};
+  for (int64_t first = 0; first < N; first += STRETCH) {
+    const int64_t count = std::min(STRETCH, N - first);
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t d = 0; d < D; ++d) columns[d * STRETCH + n] = keys[(first + n) * D + d];
+    for (int64_t b = 0; b < B; ++b) {
+      const float* query = queries + b * D;
+      float* row = out + b * N + first;
+      for (int64_t n = 0; n < count; n += VL) {
+        vf sum = {};
+        for (int64_t d = 0; d < D; ++d) {
+          const vf t = query[d] - *reinterpret_cast<const vfu*>(columns + d * STRETCH + n);
+          sum += t * t;
+        }
+        if (n + VL <= count)
+          *reinterpret_cast<vfu*>(row + n) = sum;
+        else
+          for (int64_t lane = 0; n + lane < count; ++lane) row[n + lane] = sum[lane];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous.
 extern "C" void nd_squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
+  if (D <= FEW) {
+    few_features(queries, keys, B, N, D, out);
+    return;
+  }
   int64_t b = 0;
   for (; b + TILE <= B; b += TILE) band<TILE>(queries + b * D, keys, N, D, out + b * N, N);
   for (; b < B; ++b) band<1>(queries + b * D, keys, N, D, out + b * N, N);
