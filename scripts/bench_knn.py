@@ -292,31 +292,49 @@ def suite(name):
 
 
 def plot(path, output):
-    """Draw the time of every method relative to ours."""
+    """Draw the time of every method over ours, a panel for each kind of data and dimension."""
     from matplotlib.figure import Figure
 
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["ratio"]]
-    cases = list(
-        dict.fromkeys((r["data"], r["keys"], r["queries"], r["dim"], r["k"]) for r in rows)
-    )
-    methods = [m for m in METHODS[1:] if any(r["method"] == m for r in rows)]
-    figure = Figure(figsize=(8, 0.28 * len(cases) + 1.4), layout="constrained")
-    axis = figure.subplots()
-    for number, method in enumerate(methods):
-        points = [
-            (float(r["ratio"]), cases.index((r["data"], r["keys"], r["queries"], r["dim"], r["k"])))
-            for r in rows
-            if r["method"] == method
-        ]
-        axis.plot(*zip(*points, strict=True), "osD^"[number], markersize=5, label=method)
-    axis.axvline(1, color="black", linewidth=1)
-    labels = [f"{c[0]} {int(c[1]):,} x {int(c[2]):,} x {c[3]}, k={c[4]}" for c in cases]
-    axis.set_yticks(range(len(cases)), labels, fontsize=7)
-    axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="time relative to this search (right of 1: slower)")
-    axis.grid(axis="x", alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+        rows = [row for row in csv.DictReader(file) if row["ratio"] and row["method"] != "ours"]
+    kinds = list(dict.fromkeys(row["data"] for row in rows))
+    dims = sorted({int(row["dim"]) for row in rows})
+    cases = sorted({tuple(int(row[name]) for name in ("keys", "queries", "k")) for row in rows})
+    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    size = (1.5 + 3.2 * len(dims), 1.0 + 0.17 * len(cases) * len(kinds))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(kinds), len(dims), sharex=True, sharey=True, squeeze=False)
+    for kind, line in zip(kinds, panels, strict=True):
+        for dim, axis in zip(dims, line, strict=True):
+            for number, method in enumerate(methods):
+                mine = [
+                    (
+                        float(r["ratio"]),
+                        cases.index((int(r["keys"]), int(r["queries"]), int(r["k"]))),
+                    )
+                    for r in rows
+                    if (r["data"], int(r["dim"]), r["method"]) == (kind, dim, method)
+                ]
+                if mine:
+                    style = {"markersize": 4, "color": f"C{number}", "label": method}
+                    axis.plot(*zip(*mine, strict=True), "osD^v"[number], **style)
+            axis.axvline(1, color="black", linewidth=1)
+            axis.set_title(f"{kind}, {dim} dimensions", fontsize=9)
+            axis.grid(alpha=0.3, which="both")
+    names = [f"{n:,} x {m:,}, k = {k}" for n, m, k in cases]
+    panels[0][0].set_yticks(range(len(cases)), names)
+    for axis in figure.axes:
+        axis.tick_params(labelsize=7)
+    panels[0][0].set(xscale="log")
+    panels[0][0].xaxis.set_major_formatter("{x:g}")
+    panels[0][0].invert_yaxis()
+    found = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    for axis in panels[-1]:
+        axis.set_xlabel("time / time of this search (right of 1: slower)", fontsize=8)
     figure.savefig(output, dpi=100)
 
 
