@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from layers.n3 import init_batch_norm
+from layers.n3 import channels_last, init_batch_norm
 
 __all__ = ["DnCNN"]
 
@@ -57,6 +57,7 @@ class DnCNN(nn.Module):
             raise ValueError(f"depth must be at least 2, got {depth}.")
         out_channels = in_channels if out_channels is None else out_channels
         self.shared = min(in_channels, out_channels) if residual else 0
+        self.plain = layer is None
         self.conv1 = nn.Conv2d(in_channels, features, 3, padding=1)
         inner: list[nn.Module] = []
         for _ in range(depth - 2):
@@ -77,7 +78,8 @@ class DnCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoise."""
-        out = self.conv2(self.layer1(torch.relu_(self.conv1(x))))
+        inner = channels_last(x) if self.plain else x
+        out = self.conv2(self.layer1(torch.relu_(self.conv1(inner))))
         if self.shared == out.shape[1] == x.shape[1]:
             return out + x
         if self.shared:
