@@ -452,6 +452,14 @@ def test_compiled_kernels_agree_with_plain_torch(shape, options, train, threads,
         close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+def test_tiny_weights_count_as_nothing_in_the_kernels_alone():
+    layer = N3Aggregation2d(NeuralNearestNeighbors(2, distance_bn=False), window=5)
+    x = torch.randn(1, 1, 40, 40, requires_grad=True)
+    layer(x, 2 * x).sum().backward()  # distances of hundreds at a temperature of 0.1
+    assert x.grad.isfinite().all()
+    assert (torch.tensor([1e-40]) * 1.0).item() > 0  # elsewhere they are what they were
+
+
 def test_rounds_without_compiled_kernels(monkeypatch):
     monkeypatch.setenv("NEIGHBORS_NATIVE", "0")
     for t in (1e-4, 0.05, 1.0):
