@@ -55,14 +55,18 @@ _DIRECT_FEATURES = 16
 _COMPILED_DIFFERENCES = 1 << 22
 # Below this share of ‖x‖² the expansion ‖x‖² + ‖c‖² − 2x·c has lost too many digits.
 _NEAR = 1e-2
+# Up to this many pairs compiled code also votes by itself: on one thread.
+_COMPILED_PAIRS = 1 << 14
+# Exponents that are reached by squaring so many times, then a reciprocal.
+_SQUARINGS = {-1.0: 0, -2.0: 1, -4.0: 2, -8.0: 3}
 # Pairs gathered at once when near-duplicates are recomputed (elements of a pairs × D tensor).
 _PAIR_ELEMENTS = 1 << 22
 
 
 def power_(x: Tensor, exponent: float) -> Tensor:
     """Raise `x` > 0 to a power in place; −1, −2, −4, −8 by squaring, faster than ``pow``."""
-    if exponent in (-1.0, -2.0, -4.0, -8.0):
-        for _ in range(round(math.log2(-exponent))):
+    if exponent in _SQUARINGS:
+        for _ in range(_SQUARINGS[exponent]):
             x.square_()
         return x.reciprocal_()
     return x.pow_(exponent)
@@ -99,25 +103,20 @@ def _repair_near(squared: Tensor, keys: Tensor, queries: Tensor, query_squares: 
         squared[row, column] = (queries[row] - keys[column]).square_().sum(dim=1)
 
 
-def _compiled_squared(keys: Tensor, queries: Tensor, out: Tensor) -> bool:
-    """Write squared distances, (N, D), (B, D) -> (B, N), in compiled code; False: not possible."""
-    points = (keys, queries, out)
-    if not all(
-        t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in points
-    ):
-        return False
-    library = native.optional("distances", _declare)
-    if library is None:
-        return False
-    addresses = [t.data_ptr() for t in (queries, keys)]
-    library.nd_squared(*addresses, *out.shape, keys.shape[1], out.data_ptr())
-    return True
+def _compiled(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Return the compiled distances if there are any and they can read these tensors."""
+    for tensor in tensors:
+        fits = tensor.dtype is torch.float32 and tensor.device.type == "cpu"
+        if not (fits and tensor.is_contiguous()):
+            return None
+    return native.optional("distances", _declare)
 
 
 def _declare(library: ctypes.CDLL) -> None:
     size, address = ctypes.c_int64, ctypes.c_void_p
     library.nd_squared.argtypes = [address, address, size, size, size, address]
-    library.nd_squared.restype = None
+    library.nd_votes.argtypes = [*[address] * 3, *[size] * 4, ctypes.c_float, ctypes.c_int, address]
+    library.nd_squared.restype = library.nd_votes.restype = None
 
 
 def _squared_distances(
@@ -135,7 +134,10 @@ def _squared_distances(
         return out
     few = keys.shape[1] <= _DIRECT_FEATURES
     small = few or out.numel() * keys.shape[1] <= _COMPILED_DIFFERENCES
-    if small and _compiled_squared(keys, queries, out):
+    library = _compiled(queries, keys, out) if small else None
+    if library is not None:
+        addresses = queries.data_ptr(), keys.data_ptr()
+        library.nd_squared(*addresses, *out.shape, keys.shape[1], out.data_ptr())
         return out
     if few:
         return _direct_squared(keys, queries, out, work)
@@ -238,7 +240,7 @@ class DistanceKernel:
         if self.kernel_type == "euclidean_pyramid":
             sizes = [len(level) for level in self._levels(arranged.shape[1])]
             return torch.stack([p.square().sum(dim=1) for p in arranged.split(sizes, dim=1)], dim=1)
-        return arranged.square().sum(dim=1, keepdim=True)
+        return torch.linalg.vector_norm(arranged, dim=1, keepdim=True).square_()
 
     def prepare_queries(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and norms in the form `distances` reads; for cosine, unit vectors."""
@@ -330,6 +332,39 @@ class DistanceKernel:
             farthest = 2 * float(longest) ** 0.5
         smallest, largest = (self.exponent * math.log10(d + self.epsilon) for d in (farthest, 0.0))
         return largest <= 28 and smallest >= -28
+
+    def add_votes(self, keys: Tensor, queries: Tensor, columns: Tensor, sums: Tensor) -> bool:
+        """Add the votes of a few keys to sums, weight times column, in one compiled pass.
+
+        Args:
+            keys: The keys, as `arrange` returns them.
+            queries: First result of `prepare_queries`.
+            columns: A row of values a key.
+            sums: Where the votes are added.
+
+        Shape:
+            keys (N, D), queries (B, D), columns (N, V), sums (B, V).
+
+        Returns:
+            Whether it was done: for Euclidean weights with an exponent of −1, −2, −4 or −8, on
+            the CPU, with compiled kernels, and few enough pairs.
+        """
+        (count, features), rows = keys.shape, queries.shape[0]
+        if (
+            self.kernel_type != "euclidean"
+            or self.exponent not in _SQUARINGS
+            or rows * count * features > _COMPILED_DIFFERENCES
+            or rows * count > _COMPILED_PAIRS
+        ):
+            return False
+        library = _compiled(queries, keys, columns, sums)
+        if library is None:
+            return False
+        addresses = [t.data_ptr() for t in (queries, keys, columns)]
+        sizes = rows, count, features, columns.shape[1]
+        squarings = _SQUARINGS[self.exponent]
+        library.nd_votes(*addresses, *sizes, self.epsilon, squarings, sums.data_ptr())
+        return True
 
     def weights(self, distances: Tensor, *, relative: bool = False) -> Tensor:
         """Turn a full (B, N) matrix of `distances` into weights, a new matrix.

@@ -324,13 +324,17 @@ class DynamicNeighbors(nn.Module):
         count = queries.shape[0]
         elements = _BLOCK_ELEMENTS.get(queries.device.type, _BLOCK_ELEMENTS_GPU)
         block = max(512, elements // max(count, 1))
+        simple = isinstance(voters, InterpVotes) and voters.safe
+        sums = voters.sums[rows] if simple else None
         for first in range(start, end, block):
             last = min(first + block, end)
+            some, columns = keys[first:last], self._columns[first:last]
+            if sums is not None and self.kernel.add_votes(some, queries, columns, sums):
+                continue
             out, work = self._buffers_for(count, last - first)
-            distances = self.kernel.distances(
-                keys[first:last], self._norms[first:last], queries, norms, out=out, work=work
-            )
-            voters.update(distances, self._columns[first:last], first, rows)
+            key_norms = self._norms[first:last]
+            distances = self.kernel.distances(some, key_norms, queries, norms, out=out, work=work)
+            voters.update(distances, columns, first, rows)
 
     def _finish(self, sums: Tensor) -> Tensor:
         """Normalise: class scores that sum to 1 (0 where nobody voted), or the weighted mean."""

@@ -200,7 +200,7 @@ def compare(
     """Run ours and the plain twin on the same batches."""
     outputs = None if num_classes else batches[0][1].shape[1]
     fast, slow = [], []
-    for _ in range(repeats):
+    for _ in range(repeats):  # in turn, to share the moods of the machine
         ours = DynamicNeighbors(
             num_features=test.shape[1],
             num_classes=num_classes,
@@ -209,7 +209,6 @@ def compare(
             **rule,
         )
         fast.append(measure(ours, batches, test, ours))
-    for _ in range(repeats):
         plain = PlainNeighbors(kernel=kernel, num_classes=num_classes, **rule)
         slow.append(measure(plain, batches, test, plain.predict))
     fast, slow = best(*fast), best(*slow)

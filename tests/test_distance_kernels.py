@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from layers import native
 from layers.distance_kernels import (
     KERNELS,
     DistanceKernel,
@@ -72,6 +73,25 @@ def test_euclidean_distances_of_small_blocks(monkeypatch, native, rows, keys, fe
     assert keys == 1 or found[-1, 0] == 0
     columns = c.t().contiguous().t()  # not contiguous: the compiled path must step aside
     torch.testing.assert_close(euclidean_distances(columns, x), found, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [-1.0, -2.0, -4.0, -8.0])
+@pytest.mark.parametrize(("rows", "keys", "features"), [(1, 1, 3), (5, 300, 2), (37, 19, 53)])
+def test_compiled_votes_equal_weights_times_values(exponent, rows, keys, features):
+    if native.library() is None:
+        pytest.skip(f"compiled kernels: {native.status()}")
+    generator = torch.Generator().manual_seed(keys)
+    kernel = DistanceKernel("euclidean", epsilon=0.1, exponent=exponent)
+    x = torch.rand(rows, features, generator=generator)
+    c = torch.rand(keys, features, generator=generator)
+    values = torch.rand(keys, 7, generator=generator)
+    sums = torch.ones(rows, 7)
+    assert kernel.add_votes(c, x, values, sums)
+    distances = (x[:, None].double() - c.double()).norm(dim=2)
+    expected = 1 + (distances + 0.1).pow(exponent) @ values.double()
+    torch.testing.assert_close(sums.double(), expected, rtol=2e-5, atol=0)
+    for other in (DistanceKernel("cosine"), DistanceKernel("euclidean", exponent=-3)):
+        assert not other.add_votes(c, x, values, sums)
 
 
 def test_functions_are_the_kernels():

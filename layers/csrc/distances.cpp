@@ -3,6 +3,7 @@
 // ctypes, no dependencies; layers/distance_kernels.py holds the PyTorch path. One thread: blocks are too small to share.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace {
@@ -54,7 +55,7 @@ void band(const float* queries, const float* keys, int64_t N, int64_t D, float* 
 }
 
 // Few features: one vector of keys after the other, feature by feature, from a transposed copy of some keys.
-constexpr int64_t FEW = 16, STRETCH = 256;
+constexpr int64_t FEW = 16, STRETCH = 256, ROWS_AT_ONCE = 4 * TILE;
 
 void few_features(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
   float columns[FEW * STRETCH] = {};
@@ -80,10 +81,7 @@ void few_features(const float* queries, const float* keys, int64_t B, int64_t N,
   }
 }
 
-}  // namespace
-
-// queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous.
-extern "C" void nd_squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
+void squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
   if (D <= FEW) {
     few_features(queries, keys, B, N, D, out);
     return;
@@ -92,3 +90,40 @@ extern "C" void nd_squared(const float* queries, const float* keys, int64_t B, i
   for (; b + TILE <= B; b += TILE) band<TILE>(queries + b * D, keys, N, D, out + b * N, N);
   for (; b < B; ++b) band<1>(queries + b * D, keys, N, D, out + b * N, N);
 }
+
+}  // namespace
+
+extern "C" {
+
+// queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous.
+void nd_squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
+  squared(queries, keys, B, N, D, out);
+}
+
+// Adds the votes of all keys to sums (B, V): columns (N, V) weighted by (distance + epsilon)^-(2^squarings).
+void nd_votes(const float* queries, const float* keys, const float* columns, int64_t B, int64_t N, int64_t D, int64_t V,
+              float epsilon, int squarings, float* sums) {
+  float weights[ROWS_AT_ONCE * STRETCH];
+  for (int64_t first = 0; first < N; first += STRETCH) {
+    const int64_t count = std::min(STRETCH, N - first);
+    for (int64_t b = 0; b < B; b += ROWS_AT_ONCE) {
+      const int64_t rows = std::min(ROWS_AT_ONCE, B - b);
+      squared(queries + b * D, keys + first * D, rows, count, D, weights);
+      for (int64_t i = 0; i < rows * count; ++i) {
+        float w = std::sqrt(weights[i]) + epsilon;
+        for (int s = 0; s < squarings; ++s) w *= w;
+        weights[i] = 1 / w;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        float* sum = sums + (b + r) * V;
+        for (int64_t n = 0; n < count; ++n) {
+          const float w = weights[r * count + n];
+          const float* column = columns + (first + n) * V;
+          for (int64_t v = 0; v < V; ++v) sum[v] += w * column[v];
+        }
+      }
+    }
+  }
+}
+
+}  // extern "C"
