@@ -8,7 +8,7 @@ Symbols: B batch, M queries, N keys, C channels, K neighbors, O output channels.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from layers import native
-from layers.chunking import chunk_bytes
+from layers.chunking import chunk_bytes, pieces
 
 __all__ = ["aggregate_neighbors", "attend_neighbors"]
 
@@ -104,7 +104,7 @@ def _aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) 
         return y
     matrix = weight.transpose(1, 2).reshape(o, K * c).T  # (K·C, O)
     flat = y.view(b * m, o)
-    for r0, r1, rows in _gathered(x, indices):
+    for r0, r1, rows, _ in _gathered(x, indices):
         if bias is None:
             torch.mm(rows, matrix, out=flat[r0:r1])
         else:
@@ -122,26 +122,25 @@ def _fused_pays(c: int, o: int, K: int) -> bool:
     return K * c * o <= 9 * 256 * 256
 
 
-def _gathered(x: Tensor, indices: Tensor, with_index: bool = False):
-    """Yield the neighbors of a chunk of queries at a time: r0, r1, rows (r1 - r0, K·C) and more.
+def _gathered(x: Tensor, indices: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield r0, r1, rows (r1 - r0, K·C) and their numbers: the neighbors of queries r0 to r1.
 
-    Queries count through all samples; the rows lie in one buffer, overwritten each time.
+    Queries count through all samples, and so do the numbers (r1 - r0)·K. The rows lie in one
+    buffer, overwritten each time, which the caller may write to.
     """
     b, n, c = x.shape
     m, K = indices.shape[-2:]
-    table = x.view(b * n, c)
-    step = max(1, min(b * m, chunk_bytes(x.device, None) // (K * c * x.element_size())))
-    buffer = x.new_empty(step * K, c)
-    offsets = torch.arange(b, device=x.device) * n
-    for r0 in range(0, b * m, step):
-        r1 = min(b * m, r0 + step)
-        sample = torch.arange(r0, r1, device=x.device)
-        query = sample % m
-        sample = sample.div_(m, rounding_mode="floor")
-        taps = indices[query] if indices.dim() == 2 else indices.view(b * m, K)[r0:r1]
-        flat = (taps + offsets[sample][:, None]).view(-1)
-        rows = torch.index_select(table, 0, flat, out=buffer[: (r1 - r0) * K]).view(r1 - r0, K * c)
-        yield (r0, r1, rows, flat) if with_index else (r0, r1, rows)
+    table, indices = x.view(b * n, c), indices.expand(b, m, K)
+    starts = torch.arange(0, b * n, n, device=x.device)[:, None, None]
+    budget = chunk_bytes(x.device) // 2  # the rest of the cache: weights and results
+    buffer = None
+    for samples, part in pieces(b, m, budget // (K * c * x.element_size())):
+        flat = (indices[samples, part] + starts[samples]).view(-1)
+        if buffer is None:
+            buffer = x.new_empty(len(flat), c)
+        rows = torch.index_select(table, 0, flat, out=buffer[: len(flat)]).view(-1, K * c)
+        r0 = samples.start * m + part.start
+        yield r0, r0 + len(rows), rows, flat
 
 
 @torch.library.custom_op("neighbors::aggregate_backward", mutates_args=())
@@ -171,16 +170,14 @@ def _aggregate_backward(
     matrix = weight.transpose(1, 2).reshape(o, K * c)
     gw = weight.new_zeros((o, K * c) if need_weight else 0, dtype=wide)
     flat_gy, flat_gx = gy.view(b * m, o), gx.view(-1, c)
-    spare = None
-    for r0, r1, rows, flat in _gathered(x, indices, with_index=True):
+    for r0, r1, rows, flat in _gathered(x, indices):
         if need_weight:
             if gw.dtype == x.dtype:
                 gw.addmm_(flat_gy[r0:r1].T, rows)
             else:
                 gw += flat_gy[r0:r1].T @ rows
         if need_x:
-            spare = rows.new_empty(rows.shape) if spare is None else spare
-            g = torch.mm(flat_gy[r0:r1], matrix, out=spare[: r1 - r0])
+            g = torch.mm(flat_gy[r0:r1], matrix, out=rows)  # in place of the neighbors
             flat_gx.index_add_(0, flat, g.view(-1, c).to(wide))
     if need_weight:
         gw = gw.view(o, K, c).transpose(1, 2).to(weight.dtype).contiguous()
@@ -349,7 +346,7 @@ def _attended(q: Tensor, v: Tensor, indices: Tensor):
     """Yield r0, r1, the q and v rows (R, K, C) of these queries' neighbors, and their numbers."""
     c, K = q.shape[2], indices.shape[-1]
     table = v.view(-1, c)
-    for r0, r1, rows, flat in _gathered(q, indices, with_index=True):
+    for r0, r1, rows, flat in _gathered(q, indices):
         yield r0, r1, rows.view(-1, K, c), table.index_select(0, flat).view(-1, K, c), flat
 
 

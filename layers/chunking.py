@@ -1,8 +1,10 @@
-"""How much a chunked operation may hold at a time."""
+"""How much a chunked operation may hold at a time, and the pieces that fit."""
+
+from collections.abc import Iterator
 
 import torch
 
-__all__ = ["DEFAULT_MAX_BYTES", "chunk_bytes"]
+__all__ = ["DEFAULT_MAX_BYTES", "chunk_bytes", "pieces"]
 
 # What fits a CPU's shared cache, what fills a GPU.
 DEFAULT_MAX_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20, "mps": 64 << 20}
@@ -11,3 +13,17 @@ DEFAULT_MAX_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 def chunk_bytes(device: torch.device, max_bytes: int | None = None) -> int:
     """Return `max_bytes`, or the default of the device."""
     return max_bytes or DEFAULT_MAX_BYTES.get(device.type, 64 << 20)
+
+
+def pieces(b: int, m: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Cut b samples of m queries into pieces of at most `rows` queries (but at least one).
+
+    A piece is whole samples or a part of one. All but the last pieces are equally large; the first
+    is the largest.
+    """
+    group = max(1, min(b, rows // m))
+    chunk = max(1, min(m, rows))
+    chunk = -(-m // -(-m // chunk))
+    for b0 in range(0, b, group):
+        for m0 in range(0, m, chunk):
+            yield slice(b0, min(b, b0 + group)), slice(m0, min(m, m0 + chunk))

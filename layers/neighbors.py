@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from layers import native
 from layers.aggregation import METRICS, aggregate_neighbors, attend_neighbors
-from layers.chunking import DEFAULT_MAX_BYTES, chunk_bytes
+from layers.chunking import DEFAULT_MAX_BYTES, chunk_bytes, pieces
 from layers.locations import location_neighbors
 from layers.topk import best_of_rows, block_size, topk_rows
 
@@ -200,7 +200,7 @@ def _search_native(queries, keys, K, metric, self_index, exclude_self, candidate
 
 
 def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates, max_bytes):
-    """Search in groups of whole samples, or in chunks of one sample's queries."""
+    """Search in pieces: whole samples, or a part of one sample's queries."""
     b, n, c = keys.shape
     m = self_index.shape[-1] if queries is None else queries.shape[1]
     count = n if candidates is None else candidates.shape[-1]
@@ -209,61 +209,55 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
     indices = keys.new_empty(b, m, K, dtype=torch.int64)
     if m == 0:
         return values, indices
+    k = F.normalize(keys, dim=-1) if metric == "cosine" else keys
+    own = own_keys = names = None
+    if self_index is not None:
+        own = self_index.expand(b, m)
+        own_keys = _rows(k, own) if queries is None or first else None
+    if queries is None:
+        q = own_keys
+    else:
+        q = F.normalize(queries, dim=-1) if metric == "cosine" else queries
+    if first:
+        indices[..., 0] = own
+    if candidates is not None:
+        names = candidates.expand(b, count)
+        k = _rows(k, names)
+        if own is not None:  # where each query stands among the candidates; count: nowhere
+            places = names.new_full((b, n), count)
+            places.scatter_(1, names, torch.arange(count, device=k.device).expand_as(names))
+            own = places.gather(1, own)
+    half_square = k.square().sum(-1)[:, None] / -2 if metric == "euclidean" else None
     # Rows of scores are laid out with the length their top-K likes best; what is added is -inf.
     block = block_size(count, K - first + 1)
     width = -(-count // block) * block
-    row_bytes = width * keys.element_size()
-    group = max(1, min(b, max_bytes // (m * row_bytes)))
-    chunk = max(1, min(m, max_bytes // row_bytes))
-    chunk = -(-m // -(-m // chunk))  # even pieces
-    buffer = keys.new_full((group, chunk, width), -math.inf)
-    for b0 in range(0, b, group):
-        b1 = min(b, b0 + group)
-        k = keys[b0:b1]
-        if metric == "cosine":
-            k = F.normalize(k, dim=-1)
-        own = None
-        if self_index is not None:
-            own = self_index.expand(b, m)[b0:b1]
-            own_keys = _rows(k, own) if queries is None or first else None
-        q = own_keys if queries is None else queries[b0:b1]
-        if metric == "cosine" and queries is not None:
-            q = F.normalize(q, dim=-1)
+    buffer = None
+    for samples, part in pieces(b, m, max_bytes // (width * keys.element_size())):
+        rows = q[samples, part]
         if first:
-            values[b0:b1, :, 0] = _pair_scores(q, own_keys, metric)
-            indices[b0:b1, :, 0] = own
+            values[samples, part, 0] = _pair_scores(rows, own_keys[samples, part], metric)
         if first == K:
             continue
-        names = None
-        if candidates is not None:
-            names = candidates.expand(b, count)[b0:b1]
-            k = _rows(k, names)
-            if own is not None:  # where each query stands among the candidates; count: nowhere
-                places = names.new_full((b1 - b0, n), count)
-                places.scatter_(1, names, torch.arange(count, device=k.device).expand_as(names))
-                own = places.gather(1, own)
-        half_square = k.square().sum(-1)[:, None] / -2 if metric == "euclidean" else None
-        for m0 in range(0, m, chunk):
-            m1 = min(m, m0 + chunk)
-            table = buffer[: b1 - b0, : m1 - m0]
-            s = table[..., :count]
-            rows = q[:, m0:m1]
-            if half_square is not None:  # q·k - |k|²/2 ranks as the distance does
-                torch.baddbmm(half_square, rows, k.mT, out=s)
-            elif len(s) == 1:
-                torch.mm(rows[0], k[0].T, out=s[0])
-            else:
-                torch.bmm(rows, k.mT, out=s)
-            if own is not None:
-                _mask_own(s, own[:, m0:m1], candidates is not None)
-            v, j = best_of_rows(table.reshape(-1, width), K - first)
-            v, j = v.view(b1 - b0, m1 - m0, -1), j.view(b1 - b0, m1 - m0, -1)
-            if half_square is not None:
-                v = (rows.square().sum(-1, keepdim=True) - 2 * v).clamp_(min=0)
-            if names is not None:
-                j = names.gather(1, j.flatten(1)).view_as(j)
-            values[b0:b1, m0:m1, first:] = v
-            indices[b0:b1, m0:m1, first:] = j
+        if buffer is None:
+            buffer = keys.new_full((*rows.shape[:2], width), -math.inf)
+        table = buffer[: len(rows), : rows.shape[1]]
+        s = table[..., :count]
+        if half_square is not None:  # q·k - |k|²/2 ranks as the distance does
+            torch.baddbmm(half_square[samples], rows, k[samples].mT, out=s)
+        elif len(rows) == 1:
+            torch.mm(rows[0], k[samples.start].T, out=s[0])
+        else:
+            torch.bmm(rows, k[samples].mT, out=s)
+        if own is not None:
+            _mask_own(s, own[samples, part], candidates is not None)
+        v, j = best_of_rows(table.reshape(-1, width), K - first)
+        v, j = v.view(*rows.shape[:2], -1), j.view(*rows.shape[:2], -1)
+        if half_square is not None:
+            v = (rows.square().sum(-1, keepdim=True) - 2 * v).clamp_(min=0)
+        if names is not None:
+            j = names[samples].gather(1, j.flatten(1)).view_as(j)
+        values[samples, part, first:] = v
+        indices[samples, part, first:] = j
     return values, indices
 
 

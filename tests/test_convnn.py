@@ -120,7 +120,8 @@ def test_location_neighbors_are_a_convolution(kernel, batch, stride):
         grads = torch.autograd.grad((y * upstream).sum(), [x, *layer.parameters()])
         want = torch.autograd.grad((expected * upstream).sum(), [x, *conv.parameters()])
         for g, w in zip(grads, want, strict=True):
-            torch.testing.assert_close(g, w.reshape(g.shape), rtol=1e-5, atol=1e-5)
+            # Sums of up to 676 products in float32.
+            torch.testing.assert_close(g, w.reshape(g.shape), rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("dims", [1, 2])

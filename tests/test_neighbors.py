@@ -623,6 +623,7 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("NEIGHBORS_NATIVE_CACHE", str(cache))
+    monkeypatch.setenv("NEIGHBORS_NATIVE", "1")
     monkeypatch.setattr(native, "_found", {})
     assert native.library() is None
     assert "out of order" in native.status()
