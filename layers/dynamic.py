@@ -225,27 +225,29 @@ class DynamicNeighbors(nn.Module):
             f"({needed * row_bytes / 2**30:.2f} GiB); those so far ({self.num_centers:,}) are kept"
         ) from reason
 
-    def _append(self, x: Tensor, y: Tensor, norms: Tensor | None = None) -> None:
-        """Store samples as centers, with everything derived from them (norms may be known)."""
-        start, end = self.num_centers, self.num_centers + x.shape[0]
-        self._reserve(end)
-        self._centers[start:end] = x
-        self._targets[start:end] = y
-        self._derive(start, end, norms)
-        self.num_centers = end
-
-    def _derive(self, start: int, end: int, norms: Tensor | None) -> None:
-        """Compute what follows from centers and targets: arranged keys, norms, rows of values."""
-        arranged = self.kernel.arrange(self._centers[start:end])
-        if self._arranged.shape[0]:
-            self._arranged[start:end] = arranged
-        self._norms[start:end] = self.kernel.summarize(arranged) if norms is None else norms
+    def _describe(self, x: Tensor, y: Tensor, norms: Tensor | None = None) -> dict[str, Tensor]:
+        """Make what is kept of samples if they become centers: by buffer, a row a sample."""
+        arranged = self.kernel.arrange(x)
         if self.classification:
-            self._columns[start:end] = 0
-            self._columns[start:end].scatter_(1, self._targets[start:end, None], 1)
+            columns = x.new_zeros(len(x), self.num_classes).scatter_(1, y[:, None], 1)
         else:
-            self._columns[start:end, :-1] = self._targets[start:end]
-            self._columns[start:end, -1] = 1
+            columns = torch.cat([y, y.new_ones(len(y), 1)], dim=1)
+        samples = {"_centers": x, "_targets": y, "_columns": columns}
+        samples["_norms"] = self.kernel.summarize(arranged) if norms is None else norms
+        return samples if arranged is x else {**samples, "_arranged": arranged}
+
+    def _append(self, samples: dict[str, Tensor], chosen: Tensor | None = None) -> None:
+        """Store samples that `_describe` has prepared, or the `chosen` of them, as centers."""
+        count = len(samples["_centers"] if chosen is None else chosen)
+        start, end = self.num_centers, self.num_centers + count
+        self._reserve(end)
+        for name, rows in samples.items():
+            place = getattr(self, name)[start:end]
+            if chosen is None:
+                place.copy_(rows)
+            else:
+                torch.index_select(rows, 0, chosen, out=place)
+        self.num_centers = end
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         # copies, not views: a view would drag its whole buffer into the file
@@ -275,14 +277,14 @@ class DynamicNeighbors(nn.Module):
             return
         self.num_centers = 0
         self._create(0, like=self._centers)
-        self._append(centers.to(self._centers), targets.to(self._targets))
+        self._append(self._describe(centers.to(self._centers), targets.to(self._targets)))
 
     def keep(self, selected: Tensor) -> None:
         """Keep only the centers whose entry in `selected` (N,), bool, is true, in their order."""
         centers, targets = self.centers[selected], self.targets[selected]
         self.num_centers = 0
         self._create(0, like=self._centers)
-        self._append(centers, targets)
+        self._append(self._describe(centers, targets))
 
     # ---------------------------------------------------------------- prediction
 
@@ -432,40 +434,44 @@ class DynamicNeighbors(nn.Module):
         if self.num_centers == 0 and len(x):
             first = x[:batch_size]
             kept = min(len(first), self.max_neighbors)
-            self._append(first[:kept], y[:kept])
+            self._append(self._describe(first[:kept], y[:kept]))
             outputs.append(self(first))
             right = int(self.correct(outputs[0], y[:batch_size]).sum())
             events.append(Growth(kept, 1, 0, right, len(first)))
             x, y = x[batch_size:], y[batch_size:]
         queries, norms = self.kernel.prepare_queries(x)
+        samples = self._describe(x, y, norms)
         voters = self._voters(queries, norms)
         known = self.num_centers
         self._accumulate(voters, queries, norms, 0, known)
+        sums = []
         for first in range(0, len(x), batch_size):
             last = min(first + batch_size, len(x))
             # what the batches before this one have added
             self._accumulate(voters, queries, norms, known, self.num_centers, slice(first, last))
-            events.append(self._grow_batch(x, y, queries, norms, voters, first, last))
-            outputs.append(self._finish(voters.result(self._columns, first, last)))
+            events.append(self._grow_batch(samples, queries, norms, voters, first, last))
+            sums.append(voters.result(self._columns, first, last))
+        if sums:
+            outputs.append(self._finish(torch.cat(sums)))
         return events, torch.cat(outputs) if outputs else self(x)
 
-    def _grow_batch(self, x, y, queries, norms, voters, first: int, last: int) -> Growth:
+    def _grow_batch(self, samples, queries, norms, voters, first: int, last: int) -> Growth:
         """Grow by rows first..last, for which all centers so far have been counted."""
-        total = last - first
+        y, total = samples["_targets"][first:last], last - first
         added = rounds = 0
         while True:
-            right = self._right(voters.result(self._columns, first, last), y[first:last])
-            num_right = int(right.sum())
+            right = self._right(voters.result(self._columns, first, last), y)
+            wrong = (~right).nonzero().flatten()
+            num_right = total - len(wrong)
             if rounds == 0:
                 seen_correct = num_right
             good = rounds > 0 and num_right >= self.target_accuracy * total
             if good or rounds == self.max_count or num_right == total or self.full:
                 return Growth(added, rounds, seen_correct, num_right, total)
             rounds += 1
-            wrong = (~right).nonzero().flatten()[: self.max_neighbors - self.num_centers] + first
             before = self.num_centers
-            self._append(x[wrong], y[wrong], norms[wrong])
-            added += len(wrong)
+            self._append(samples, wrong[: self.max_neighbors - before] + first)
+            added += self.num_centers - before
             self._accumulate(voters, queries, norms, before, self.num_centers, slice(first, last))
 
     def _right(self, sums: Tensor, y: Tensor) -> Tensor:
