@@ -129,7 +129,7 @@ def build(
     if not compilers:
         raise NativeError("no C++ compiler found (looked for $CXX, g++, c++, clang++)")
     source = SOURCES / f"{name}.cpp"
-    text = source.read_bytes()
+    text = b"".join(path.read_bytes() for path in (source, *sorted(SOURCES.glob("*.h"))))
     folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     problems = []

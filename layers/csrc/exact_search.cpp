@@ -18,7 +18,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -29,6 +28,8 @@
 #else
 #define ES_VNNI 0
 #endif
+
+#include "threads.h"
 
 namespace {
 
@@ -72,22 +73,9 @@ struct Search {
 template <class F>
 bool parallel(int threads, int64_t jobs, F f) {
   std::atomic<int64_t> next{0};
-  std::atomic<bool> fine{true};
-  auto work = [&] {
-    try {
-      for (int64_t j; fine && (j = next.fetch_add(1)) < jobs;) f(j);
-    } catch (...) {
-      fine = false;
-    }
-  };
-  std::vector<std::thread> pool;
-  try {
-    for (int64_t t = 1; t < std::min<int64_t>(threads, jobs); ++t) pool.emplace_back(work);
-  } catch (...) {  // no more threads to be had: the ones there are do the work
-  }
-  work();
-  for (auto& t : pool) t.join();
-  return fine;
+  return on_threads(int(std::min<int64_t>(threads, jobs)), [&] {
+    for (int64_t j; (j = next.fetch_add(1)) < jobs;) f(j);
+  });
 }
 
 // Sums of squared differences (kEuclidean) or of products of two rows, in float64 and 32 lanes: enough independent

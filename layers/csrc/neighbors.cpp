@@ -5,7 +5,7 @@
 // path that gives the same answers. Symbols: B batch, M queries, N keys, C channels, K neighbors, O outputs.
 //
 // Matrix products are register tiles of MR rows by NV vectors, written with the compiler's vector type so that one
-// source serves AVX-512, AVX2 and anything else. Threads are those of the OpenMP runtime torch has already loaded.
+// source serves AVX-512, AVX2 and anything else.
 
 #include <algorithm>
 #include <atomic>
@@ -17,16 +17,14 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#endif
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include "threads.h"
 
 namespace {
 
@@ -79,49 +77,14 @@ struct Buffer {  // 64-byte aligned scratch that only grows within one call
   ~Buffer() { std::free(data); }
 };
 
-typedef void (*gomp_parallel_t)(void (*)(void*), void*, unsigned, unsigned);
-
-gomp_parallel_t find_gomp() {
-#if defined(__unix__) || defined(__APPLE__)
-  return reinterpret_cast<gomp_parallel_t>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#else
-  return nullptr;
-#endif
-}
-
 // Run work(slot) on up to `threads` threads, slot = 0 .. threads-1, each exactly once.
 template <class F>
 void run_threads(int threads, F&& work) {
-  static const gomp_parallel_t gomp = find_gomp();
-  if (threads <= 1) return work(0);
-  struct Job {
-    F* work;
-    std::atomic<int> next{0};
-    int slots;
-    std::atomic<bool> failed{false};
-    static void main(void* p) {
-      Job* job = static_cast<Job*>(p);
-      // A nested or limited pool may bring fewer threads than asked for: the loop still visits every slot.
-      for (int slot; (slot = job->next.fetch_add(1)) < job->slots;) {
-        try {
-          (*job->work)(slot);
-        } catch (const std::bad_alloc&) {
-          job->failed = true;
-        }
-      }
-    }
-  } job;
-  job.work = &work;
-  job.slots = threads;
-  if (gomp) {
-    gomp(&Job::main, &job, static_cast<unsigned>(threads), 0);
-  } else {
-    std::vector<std::thread> pool;
-    for (int i = 1; i < threads; ++i) pool.emplace_back(&Job::main, &job);
-    Job::main(&job);
-    for (auto& t : pool) t.join();
-  }
-  if (job.failed) throw std::bad_alloc();
+  std::atomic<int> next{0};
+  const bool done = on_threads(threads, [&] {
+    for (int slot; (slot = next.fetch_add(1)) < std::max(threads, 1);) work(slot);
+  });
+  if (!done) throw std::bad_alloc();
 }
 
 // Tasks 0 .. count-1 handed out one by one; make() builds a thread's scratch space.

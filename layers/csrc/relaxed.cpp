@@ -13,17 +13,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <numeric>
-#include <thread>
 #include <type_traits>
 #include <vector>
 #if defined(__SSE__)
 #include <immintrin.h>
 #endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#endif
+
+#include "threads.h"
 
 namespace {
 
@@ -112,18 +109,6 @@ void in_vectors(int64_t n, F f, int64_t i = 0) {
 
 // ------------------------------------------------------------------------------------- threads
 
-typedef void (*gomp_parallel_t)(void (*)(void*), void*, unsigned, unsigned);
-
-// Threads of the pool that torch's own operations use, where there is one: new threads would share a
-// core with those, which go on spinning for a while after each operation.
-gomp_parallel_t find_gomp() {
-#if defined(__unix__) || defined(__APPLE__)
-    return reinterpret_cast<gomp_parallel_t>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#else
-    return nullptr;
-#endif
-}
-
 // Weights die out through numbers too small for the usual form, which are a hundred times slower and
 // change nothing: they count as 0 here.
 #if defined(__SSE__)
@@ -147,37 +132,13 @@ struct Scratch {
 // Hand out tasks 0 .. count - 1 to the threads; returns the code of the interface.
 template <class Work>
 int run_tasks(int threads, int64_t count, Work work) {
-    static const gomp_parallel_t gomp = find_gomp();
-    struct Job {
-        Work* work;
-        int64_t count;
-        std::atomic<int64_t> next{0};
-        std::atomic<int> failed{0};
-        static void main(void* p) {
-            Job* job = static_cast<Job*>(p);
-            try {
-                const SmallAsZero mode;
-                Scratch scratch;
-                for (int64_t i; (i = job->next.fetch_add(1)) < job->count;) (*job->work)(i, scratch);
-            } catch (const std::bad_alloc&) {
-                job->failed = 1;
-            }
-        }
-    } job;
-    job.work = &work;
-    job.count = count;
-    threads = static_cast<int>(std::min<int64_t>(threads, count));
-    if (threads <= 1) {
-        Job::main(&job);
-    } else if (gomp) {
-        gomp(&Job::main, &job, static_cast<unsigned>(threads), 0);
-    } else {
-        std::vector<std::thread> team;
-        for (int i = 1; i < threads; ++i) team.emplace_back(&Job::main, &job);
-        Job::main(&job);
-        for (auto& one : team) one.join();
-    }
-    return job.failed;
+    std::atomic<int64_t> next{0};
+    const bool done = on_threads(static_cast<int>(std::min<int64_t>(threads, count)), [&] {
+        const SmallAsZero mode;
+        Scratch scratch;
+        for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, scratch);
+    });
+    return done ? 0 : 1;
 }
 
 // ------------------------------------------------------------------------------------ geometry
