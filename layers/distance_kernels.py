@@ -55,8 +55,6 @@ _DIRECT_FEATURES = 16
 _COMPILED_DIFFERENCES = 1 << 22
 # Below this share of ‖x‖² the expansion ‖x‖² + ‖c‖² − 2x·c has lost too many digits.
 _NEAR = 1e-2
-# Up to this many pairs compiled code also votes by itself: on one thread.
-_COMPILED_PAIRS = 1 << 14
 # Exponents that are reached by squaring so many times, then a reciprocal.
 _SQUARINGS = {-1.0: 0, -2.0: 1, -4.0: 2, -8.0: 3}
 # Pairs gathered at once when near-duplicates are recomputed (elements of a pairs × D tensor).
@@ -114,9 +112,9 @@ def _compiled(*tensors: Tensor) -> ctypes.CDLL | None:
 
 def _declare(library: ctypes.CDLL) -> None:
     size, address = ctypes.c_int64, ctypes.c_void_p
-    library.nd_squared.argtypes = [address, address, size, size, size, address]
-    library.nd_votes.argtypes = [*[address] * 3, *[size] * 4, ctypes.c_float, ctypes.c_int, address]
-    library.nd_squared.restype = library.nd_votes.restype = None
+    number, integer = ctypes.c_float, ctypes.c_int
+    library.nd_squared.argtypes = [*[address] * 2, *[size] * 3, address, integer]
+    library.nd_votes.argtypes = [*[address] * 3, *[size] * 4, number, integer, address, integer]
 
 
 def _squared_distances(
@@ -136,8 +134,7 @@ def _squared_distances(
     small = few or out.numel() * keys.shape[1] <= _COMPILED_DIFFERENCES
     library = _compiled(queries, keys, out) if small else None
     if library is not None:
-        addresses = queries.data_ptr(), keys.data_ptr()
-        library.nd_squared(*addresses, *out.shape, keys.shape[1], out.data_ptr())
+        native.run(library.nd_squared, queries, keys, *out.shape, keys.shape[1], out)
         return out
     if few:
         return _direct_squared(keys, queries, out, work)
@@ -334,7 +331,7 @@ class DistanceKernel:
         return largest <= 28 and smallest >= -28
 
     def add_votes(self, keys: Tensor, queries: Tensor, columns: Tensor, sums: Tensor) -> bool:
-        """Add the votes of a few keys to sums, weight times column, in one compiled pass.
+        """Add the votes of some keys to sums, weight times column, in one compiled pass.
 
         Args:
             keys: The keys, as `arrange` returns them.
@@ -347,23 +344,18 @@ class DistanceKernel:
 
         Returns:
             Whether it was done: for Euclidean weights with an exponent of −1, −2, −4 or −8, on
-            the CPU, with compiled kernels, and few enough pairs.
+            the CPU, with compiled kernels, and few keys or features.
         """
         (count, features), rows = keys.shape, queries.shape[0]
-        if (
-            self.kernel_type != "euclidean"
-            or self.exponent not in _SQUARINGS
-            or rows * count * features > _COMPILED_DIFFERENCES
-            or rows * count > _COMPILED_PAIRS
-        ):
+        few = features <= _DIRECT_FEATURES or rows * count * features <= _COMPILED_DIFFERENCES
+        if self.kernel_type != "euclidean" or self.exponent not in _SQUARINGS or not few:
             return False
         library = _compiled(queries, keys, columns, sums)
         if library is None:
             return False
-        addresses = [t.data_ptr() for t in (queries, keys, columns)]
         sizes = rows, count, features, columns.shape[1]
-        squarings = _SQUARINGS[self.exponent]
-        library.nd_votes(*addresses, *sizes, self.epsilon, squarings, sums.data_ptr())
+        power = self.epsilon, _SQUARINGS[self.exponent]
+        native.run(library.nd_votes, queries, keys, columns, *sizes, *power, sums)
         return True
 
     def weights(self, distances: Tensor, *, relative: bool = False) -> Tensor:

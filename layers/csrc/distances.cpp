@@ -1,10 +1,13 @@
 // Squared Euclidean distances of a few points by their differences, without the loss of digits that |x|^2 + |c|^2 - 2xc
 // has for neighbors: many features for a few points, a few features (coordinates) for many points. Plain C interface for
-// ctypes, no dependencies; layers/distance_kernels.py holds the PyTorch path. One thread: blocks are too small to share.
+// ctypes; layers/distance_kernels.py holds the PyTorch path.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+
+#include "threads.h"
 
 namespace {
 
@@ -55,7 +58,7 @@ void band(const float* queries, const float* keys, int64_t N, int64_t D, float* 
 }
 
 // Few features: one vector of keys after the other, feature by feature, from a transposed copy of some keys.
-constexpr int64_t FEW = 16, STRETCH = 256, ROWS_AT_ONCE = 4 * TILE;
+constexpr int64_t FEW = 16, STRETCH = 256, ROWS = 4 * TILE;
 
 void few_features(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
   float columns[FEW * STRETCH] = {};
@@ -91,39 +94,80 @@ void squared(const float* queries, const float* keys, int64_t B, int64_t N, int6
   for (; b < B; ++b) band<1>(queries + b * D, keys, N, D, out + b * N, N);
 }
 
+// work(first, count) for all rows in pieces, on several threads if there is enough to do.
+template <class Work>
+int in_pieces(int threads, int64_t rows, int64_t differences, Work&& work) {
+  if (differences < (1 << 19)) threads = 1;
+  const int64_t share = (rows + 2 * threads - 1) / (2 * threads);
+  const int64_t size = std::min<int64_t>(8, (share + ROWS - 1) / ROWS) * ROWS;
+  std::atomic<int64_t> next{0};
+  return on_threads(threads, [&] {
+    for (int64_t first; (first = next.fetch_add(size)) < rows;) work(first, std::min(size, rows - first));
+  }) ? 0 : 1;
+}
+
+// Squared distances -> (distance + epsilon)^-(2^SQUARINGS), in place.
+template <int SQUARINGS>
+void weigh(float* values, int64_t count, float epsilon) {
+  for (int64_t i = 0; i < count; ++i) {
+    float w = std::sqrt(values[i]) + epsilon;
+    for (int s = 0; s < SQUARINGS; ++s) w *= w;
+    values[i] = 1 / w;
+  }
+}
+
+// Adds the votes of some keys to the sums of a few queries; columns are those of the keys, transposed to (V, STRETCH).
+void vote(const float* queries, const float* keys, const float* columns, int64_t rows, int64_t count, int64_t D,
+          int64_t V, float epsilon, int squarings, float* sums) {
+  float weights[ROWS * STRETCH];
+  squared(queries, keys, rows, count, D, weights);
+  switch (squarings) {
+    case 0: weigh<0>(weights, rows * count, epsilon); break;
+    case 1: weigh<1>(weights, rows * count, epsilon); break;
+    case 2: weigh<2>(weights, rows * count, epsilon); break;
+    default: weigh<3>(weights, rows * count, epsilon);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* weight = weights + r * count;
+    for (int64_t v = 0; v < V; ++v) {
+      const float* column = columns + v * STRETCH;
+      vf total = {};
+      int64_t n = 0;
+      for (; n + VL <= count; n += VL)
+        total += *reinterpret_cast<const vfu*>(weight + n) * *reinterpret_cast<const vfu*>(column + n);
+      float sum = 0;
+      for (; n < count; ++n) sum += weight[n] * column[n];
+      for (int lane = 0; lane < VL; ++lane) sum += total[lane];
+      sums[r * V + v] += sum;
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-// queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous.
-void nd_squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out) {
-  squared(queries, keys, B, N, D, out);
+// queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous. 0: done; 1: no memory.
+int nd_squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out, int threads) {
+  return in_pieces(threads, B, B * N * D, [&](int64_t first, int64_t count) {
+    squared(queries + first * D, keys, count, N, D, out + first * N);
+  });
 }
 
 // Adds the votes of all keys to sums (B, V): columns (N, V) weighted by (distance + epsilon)^-(2^squarings).
-void nd_votes(const float* queries, const float* keys, const float* columns, int64_t B, int64_t N, int64_t D, int64_t V,
-              float epsilon, int squarings, float* sums) {
-  float weights[ROWS_AT_ONCE * STRETCH];
-  for (int64_t first = 0; first < N; first += STRETCH) {
-    const int64_t count = std::min(STRETCH, N - first);
-    for (int64_t b = 0; b < B; b += ROWS_AT_ONCE) {
-      const int64_t rows = std::min(ROWS_AT_ONCE, B - b);
-      squared(queries + b * D, keys + first * D, rows, count, D, weights);
-      for (int64_t i = 0; i < rows * count; ++i) {
-        float w = std::sqrt(weights[i]) + epsilon;
-        for (int s = 0; s < squarings; ++s) w *= w;
-        weights[i] = 1 / w;
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        float* sum = sums + (b + r) * V;
-        for (int64_t n = 0; n < count; ++n) {
-          const float w = weights[r * count + n];
-          const float* column = columns + (first + n) * V;
-          for (int64_t v = 0; v < V; ++v) sum[v] += w * column[v];
-        }
-      }
+int nd_votes(const float* queries, const float* keys, const float* columns, int64_t B, int64_t N, int64_t D, int64_t V,
+             float epsilon, int squarings, float* sums, int threads) {
+  return in_pieces(threads, B, B * N * D, [&](int64_t first, int64_t size) {
+    std::vector<float> transposed(V * STRETCH);
+    for (int64_t key = 0; key < N; key += STRETCH) {
+      const int64_t count = std::min(STRETCH, N - key);
+      for (int64_t n = 0; n < count; ++n)
+        for (int64_t v = 0; v < V; ++v) transposed[v * STRETCH + n] = columns[(key + n) * V + v];
+      for (int64_t b = first; b < first + size; b += ROWS)
+        vote(queries + b * D, keys + key * D, transposed.data(), std::min(ROWS, first + size - b), count, D, V, epsilon,
+             squarings, sums + b * V);
     }
-  }
+  });
 }
 
 }  // extern "C"
