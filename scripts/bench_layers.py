@@ -51,8 +51,8 @@ CASES = {
 }
 SCALING_SIDES = (4, 8, 16, 32, 64, 128, 224)
 IMPLEMENTATIONS = ("plain", "cropped", "torch", "compiled", "conv2d", "sdpa")
-# Positions from which a similarity of all pairs is left out.
-PLAIN_LIMIT = 6000
+# Positions up to which the similarity of all pairs is formed: by `plain`, by attention backward.
+PLAIN_LIMIT, SDPA_LIMIT = 6000, 17000
 
 
 class Plain(nn.Module):
@@ -115,6 +115,8 @@ def available(name, shape):
     n = math.prod(side + 2 for side in shape[2:])
     if name in ("plain", "cropped"):
         return n <= PLAIN_LIMIT
+    if name == "sdpa":
+        return n <= SDPA_LIMIT
     return name != "compiled" or native.library() is not None
 
 
