@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.chunking import pieces
+
 __all__ = ["PatchGrid", "WindowTiles", "aggregate_tiles", "tile_distances"]
 
 CHUNK_BYTES = 16 * 2**20  # intermediate products alive at a time; about what stays in cache
@@ -45,16 +47,8 @@ def chunks(
     batch: int, count: int, size: int, budget: int = CHUNK_BYTES
 ) -> list[tuple[slice, int, int]]:
     """Cut batch × count things of `size` bytes into pieces within a budget: samples, first, end."""
-    fits = max(1, budget // max(1, size))
-    if fits < count:
-        samples, step = 1, fits
-    else:
-        samples, step = max(1, fits // count), count
-    return [
-        (slice(b, min(b + samples, batch)), i, min(i + step, count))
-        for i in range(0, count, step)
-        for b in range(0, batch, samples)
-    ]
+    fitting = pieces(batch, count, budget // max(1, size))
+    return [(samples, part.start, part.stop) for samples, part in fitting]
 
 
 @dataclass(frozen=True)
@@ -563,8 +557,8 @@ class _AggregateTiles(torch.autograd.Function):
             grad_weights = blocks.new_empty(shape)
         if want_blocks:
             grad_blocks = torch.zeros_like(blocks)
-        pieces = chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * k))
-        for number, (s, i, j) in enumerate(pieces):
+        parts = chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * k))
+        for number, (s, i, j) in enumerate(parts):
             part = tiles.part(i, j)
             t, n1, n2 = part.query_blocks.shape
             _, k1, k2 = part.key_blocks.shape

@@ -174,17 +174,30 @@ struct Span {
 
 // ------------------------------------------------------------------------------------- kernels
 
+// R rows, `step` apart, of V vectors.
+template <int R, int V>
+inline __attribute__((always_inline)) void load_all(const float* from, int64_t step, Vec (&x)[R][V]) {
+#pragma GCC unroll 7
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) x[i][v] = load(from + i * step + v * LANES);
+}
+
+template <int R, int V>
+inline __attribute__((always_inline)) void store_all(const Vec (&x)[R][V], int64_t step, float* to) {
+#pragma GCC unroll 7
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) store(to + i * step + v * LANES, x[i][v]);
+}
+
 // out (R, V vectors), plus what is there if `more`: sum over keys of a (R, rows * keys) times
 // x (rows, keys, V vectors of `padded`).
 template <int R, int V>
 void weigh(const float* a, int64_t step, const float* x, int64_t rows, int64_t row_step, int64_t keys,
            int64_t padded, bool more, float* out) {
     Vec sum[R][V] = {};
-    if (more)
-#pragma GCC unroll 7
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sum[i][v] = load(out + i * padded + v * LANES);
+    if (more) load_all(out, padded, sum);
     for (int64_t r = 0; r < rows; ++r, x += row_step, a += keys)
         for (int64_t c = 0; c < keys; ++c) {
             Vec b[V];
@@ -195,10 +208,7 @@ void weigh(const float* a, int64_t step, const float* x, int64_t rows, int64_t r
 #pragma GCC unroll 8
                 for (int v = 0; v < V; ++v) sum[i][v] += a[i * step + c] * b[v];
         }
-#pragma GCC unroll 7
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) store(out + i * padded + v * LANES, sum[i][v]);
+    store_all(sum, padded, out);
 }
 
 // Its adjoint for x: x (rows, keys, V vectors of `padded`) += a (R, rows * keys) times g (R, V vectors).
@@ -206,10 +216,7 @@ template <int R, int V>
 void give(const float* a, int64_t step, const float* g, float* x, int64_t rows, int64_t row_step,
           int64_t keys, int64_t padded) {
     Vec from[R][V];
-#pragma GCC unroll 7
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) from[i][v] = load(g + i * padded + v * LANES);
+    load_all(g, padded, from);
     for (int64_t r = 0; r < rows; ++r, x += row_step, a += keys)
         for (int64_t c = 0; c < keys; ++c) {
             Vec b[V];
@@ -230,11 +237,7 @@ template <int R, int V>
 void compare(const float* q, int64_t step, int64_t stride, const float* const* keys, int64_t key_step,
              int64_t features, bool more, float* out, int64_t out_step) {
     Vec sum[R][V] = {};
-    if (more)
-#pragma GCC unroll 7
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sum[i][v] = load(out + i * out_step + v * LANES);
+    if (more) load_all(out, out_step, sum);
     const float* from[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) from[v] = keys[v];
@@ -247,10 +250,7 @@ void compare(const float* q, int64_t step, int64_t stride, const float* const* k
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) sum[i][v] += q[i * step] * b[v];
     }
-#pragma GCC unroll 7
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) store(out + i * out_step + v * LANES, sum[i][v]);
+    store_all(sum, out_step, out);
 }
 
 // ------------------------------------------------------------------- some blocks of a row at a time
