@@ -12,6 +12,8 @@ plain     the whole similarity of all padded positions, top-K, the input expande
           gathering, Conv1d: the formulas one after the other, as the published layer does
 cropped   the same, with only the needed rows of the similarity and no expansion
 torch     this project's layer in PyTorch alone (NEIGHBORS_NATIVE=0)
+floor     the operations of PyTorch that `torch` cannot do without, and nothing between them: scores
+          and torch.topk, rows gathered and weighed, both gradients; on tensors that lie ready
 compiled  this project's layer with its compiled kernels (the default where there is a compiler)
 conv2d    nn.Conv2d with as many taps
 sdpa      scaled_dot_product_attention on the same tokens, one head
@@ -39,6 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers import LAYERS, Conv2d_NN, native
+from layers.chunking import chunk_bytes, pieces
 
 MIB = 1 << 20
 K = 9
@@ -50,9 +53,9 @@ CASES = {
     "224": {"shape": (1, 64, 224, 224)},
 }
 SCALING_SIDES = (4, 8, 16, 32, 64, 128, 224)
-IMPLEMENTATIONS = ("plain", "cropped", "torch", "compiled", "conv2d", "sdpa")
-# Positions up to which the similarity of all pairs is formed: by `plain`, by attention backward.
-PLAIN_LIMIT, SDPA_LIMIT = 6000, 17000
+IMPLEMENTATIONS = ("plain", "cropped", "torch", "floor", "compiled", "conv2d", "sdpa")
+# Positions up to which `plain` and `cropped` form the similarity of all pairs.
+PLAIN_LIMIT = 6000
 
 
 class Plain(nn.Module):
@@ -91,9 +94,61 @@ class Plain(nn.Module):
         return F.conv1d(gathered, conv.weight, conv.bias, stride=K).view(b, -1, h, w)
 
 
+class Floor(nn.Module):
+    """The chunked search and aggregation reduced to their products, top-K, gathers and scatter."""
+
+    def __init__(self, layer, shape):
+        super().__init__()
+        key_shape = tuple(side + 2 for side in shape[2:])
+        candidates = layer.candidates(key_shape, torch.device("cpu"))
+        b, c, n, m = shape[0], shape[1], math.prod(key_shape), math.prod(shape[2:])
+        count = n if candidates is None else len(candidates)
+        self.queries, self.keys = torch.randn(b, m, c), torch.randn(b, c, count)
+        self.x, self.gx = torch.randn(b * n, c), torch.zeros(b * n, c)
+        self.weight, self.gw = torch.randn(K * c, c), torch.zeros(K * c, c)
+        self.y = torch.empty(b * m, c)
+        self.neighbors = torch.randint(n, (b, m * K)).add_(torch.arange(0, b * n, n)[:, None])
+        budget = chunk_bytes(torch.device("cpu"))
+        self.searched = list(pieces(b, m, budget // (4 * count)))
+        self.scores = torch.empty_like(self.queries[self.searched[0]] @ self.keys[:1])
+        self.step = budget // 2 // (4 * K * c)
+        self.rows = torch.empty(self.step * K, c)
+
+    def forward(self, x):
+        return _Floor.apply(x, self)
+
+    def gathered(self):
+        for at in self.neighbors.view(-1).split(self.step * K):
+            rows = torch.index_select(self.x, 0, at, out=self.rows[: len(at)])
+            yield rows.view(len(at) // K, -1), at
+
+
+class _Floor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, floor):
+        ctx.floor, ctx.zeros = floor, torch.zeros(()).expand_as(x)
+        for samples, part in floor.searched:
+            q, k = floor.queries[samples, part], floor.keys[samples]
+            scores = floor.scores[: len(q), : q.shape[1]]
+            torch.mm(q[0], k[0], out=scores[0]) if len(q) == 1 else torch.bmm(q, k, out=scores)
+            scores.topk(K - 1)
+        for (rows, _), y in zip(floor.gathered(), floor.y.split(floor.step), strict=True):
+            torch.mm(rows, floor.weight, out=y)
+        return floor.y.clone()
+
+    @staticmethod
+    def backward(ctx, gy):
+        floor = ctx.floor
+        for (rows, at), g in zip(floor.gathered(), gy.split(floor.step), strict=True):
+            floor.gw.addmm_(rows.T, g)
+            torch.mm(g, floor.weight.T, out=rows)
+            floor.gx.index_add_(0, at, rows.view(len(at), -1))
+        return ctx.zeros, None
+
+
 class Attention(nn.Module):
     def forward(self, x):
-        tokens = x.flatten(2).mT[:, None]
+        tokens = x.flatten(2).mT.contiguous()[:, None]  # else the fused kernels are passed over
         return F.scaled_dot_product_attention(tokens, tokens, tokens)
 
 
@@ -105,18 +160,19 @@ def build(name, shape, options):
     module = {
         "plain": lambda: Plain(layer),
         "cropped": lambda: Plain(layer, cropped=True),
+        "floor": lambda: Floor(layer, shape),
         "conv2d": lambda: nn.Conv2d(shape[1], shape[1], 3, padding=1),
         "sdpa": Attention,
     }.get(name, lambda: layer)()
     return module, switch
 
 
-def available(name, shape):
+def available(name, shape, device):
     n = math.prod(side + 2 for side in shape[2:])
     if name in ("plain", "cropped"):
         return n <= PLAIN_LIMIT
-    if name == "sdpa":
-        return n <= SDPA_LIMIT
+    if name == "floor":
+        return device == "cpu"
     return name != "compiled" or native.library() is not None
 
 
@@ -209,7 +265,7 @@ def summary(times):
 
 
 def measure(label, shape, options, args, repeats):
-    names = [n for n in args.implementations if available(n, shape)]
+    names = [n for n in args.implementations if available(n, shape, args.device)]
     forward = time_case(shape, options, names, args.device, repeats, args.seconds, backward=False)
     both = time_case(shape, options, names, args.device, repeats, args.seconds)
     rows = []
