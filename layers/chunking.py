@@ -10,9 +10,16 @@ __all__ = ["DEFAULT_MAX_BYTES", "chunk_bytes", "pieces"]
 DEFAULT_MAX_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 
 
-def chunk_bytes(device: torch.device, max_bytes: int | None = None) -> int:
-    """Return `max_bytes`, or the default of the device."""
-    return max_bytes or DEFAULT_MAX_BYTES.get(device.type, 64 << 20)
+# Fewer rows than this, and a product spends its time on arranging its other factor.
+PRODUCT_ROWS = 512
+
+
+def chunk_bytes(device: torch.device, max_bytes: int | None = None, row_bytes: int = 0) -> int:
+    """Return `max_bytes`, or the default of the device: more, up to 64 MiB, where rows are long."""
+    if max_bytes:
+        return max_bytes
+    default = DEFAULT_MAX_BYTES.get(device.type, 64 << 20)
+    return max(default, min(PRODUCT_ROWS * row_bytes, 64 << 20))
 
 
 def pieces(b: int, m: int, rows: int) -> Iterator[tuple[slice, slice]]:

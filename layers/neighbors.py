@@ -151,7 +151,7 @@ def _search(
             _check_candidates(self_index, candidates, K, exclude_self)
         args = (queries, keys, K, metric, self_index, exclude_self, candidates)
         if m == 0 or not native.usable(queries, keys):
-            return _search_torch(*args, chunk_bytes(keys.device, max_bytes))
+            return _search_torch(*args, max_bytes)
         return _search_native(*args)
 
 
@@ -232,7 +232,8 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
     block = block_size(count, K - first + 1)
     width = -(-count // block) * block
     buffer = None
-    for samples, part in pieces(b, m, max_bytes // (width * keys.element_size())):
+    row_bytes = width * keys.element_size()
+    for samples, part in pieces(b, m, chunk_bytes(k.device, max_bytes, row_bytes) // row_bytes):
         rows = q[samples, part]
         if first:
             values[samples, part, 0] = _pair_scores(rows, own_keys[samples, part], metric)

@@ -327,10 +327,13 @@ def draw(rows, path):
     for axis, (column, title) in zip(axes, columns, strict=True):
         for name in IMPLEMENTATIONS:
             mine = [r for r in rows if r["implementation"] == name and r[column] > 0]
+            if not mine:
+                continue
             axis.loglog([r["positions"] for r in mine], [r[column] for r in mine], "o-", label=name)
         axis.set(xlabel="positions", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend()
+    axes[1].set_ylim(bottom=1)  # less is a page here and there
     figure.suptitle("One image of 64 channels, K = 9, all positions")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
