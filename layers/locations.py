@@ -87,7 +87,13 @@ def location_neighbors(
     return out if device is None else out.to(device)
 
 
-@torch.library.custom_op("neighbors::location", mutates_args=())
+@torch.library.custom_op(
+    "neighbors::location",
+    mutates_args=(),
+    # In words: torch 2.6 does not know what `list[int]` means.
+    schema="(Tensor like, SymInt[] key_shape, SymInt K, str metric, SymInt padding, SymInt stride, "
+    "bool sampled) -> Tensor",
+)
 def _location(
     like: Tensor,
     key_shape: list[int],
