@@ -32,6 +32,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from layers import native
@@ -624,13 +625,20 @@ def _shortlist(
     return values, labels, error, shift
 
 
+def _int8_products(x: Tensor, y: Tensor) -> Tensor:
+    """Return x·yᵀ of int8 rows (M, D) and (N, D): int32 (M, N)."""
+    if x.shape[1] == 1:  # torch 2.6 multiplies single columns wrongly
+        x, y = (F.pad(rows, (0, 1)) for rows in (x, y))
+    return torch._int_mm(x, y.T)
+
+
 def _approximate(
     x: _LowPrecision, y: _LowPrecision, mean: Tensor, metric: str, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return costs (M, N) less a shift (M,), a bound (M,) on their error, and the shift."""
     d = x.low.shape[1]
     if mode == "integer":
-        products = torch._int_mm(x.low, y.low.T)
+        products = _int8_products(x.low, y.low)
         low = y.low.int()
         if metric == "euclidean":
             costs = low.square().sum(1, dtype=torch.int32) - products.mul_(2)
@@ -642,7 +650,7 @@ def _approximate(
         return costs, torch.zeros_like(shift), shift
     bias, factor, error, shift = _bound(x, y, mean, metric, mode)
     if mode == "int8":
-        costs = torch._int_mm(x.low, y.low.T).float()
+        costs = _int8_products(x.low, y.low).float()
         costs.mul_(y.scale).mul_(x.scale[:, None] * -factor).add_(bias.float())
     else:
         costs = torch.addmm(bias.to(y.low.dtype), x.low, y.low.T, alpha=-factor)

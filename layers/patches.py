@@ -210,7 +210,9 @@ def _axis_tiles(n: int, window: int, ratio: int) -> tuple[list[int], list[int], 
     def cost(t: int) -> int:
         return math.ceil(n / t) * (t + ratio - 1) * (min(n, t + window - 1) + ratio - 1)
 
-    t = min(range(n, 0, -1), key=cost)
+    t = n
+    for smaller in range(n - 1, 0, -1):
+        t = smaller if cost(smaller) < cost(t) else t
     keys = min(n, t + window - 1)
     queries = [min(k * t, n - t) for k in range(math.ceil(n / t))]
     return queries, [min(max(q - window // 2, 0), n - keys) for q in queries], t, keys
