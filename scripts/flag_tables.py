@@ -28,7 +28,8 @@ def flag_tables() -> str:
             flags = " ".join(f"`{flag}`" for flag in action.option_strings)
             default = "" if action.default is None else f"`{action.default}`"
             choices = "" if action.choices is None else " / ".join(f"`{c}`" for c in action.choices)
-            meaning = " ".join((action.help or "").replace("%%", "%").replace("|", "\\|").split())
+            text = (action.help or "").replace(" (default: %(default)s)", "")  # of Python 3.10
+            meaning = " ".join(text.replace("%%", "%").replace("|", "\\|").split())
             lines.append(f"| {flags} | {default} | {meaning}{': ' + choices if choices else ''} |")
         lines.append("")
     return "\n".join(lines)
