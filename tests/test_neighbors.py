@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from layers import Conv2d_NN, locations, native
+from layers.chunking import DEFAULT_MAX_BYTES, chunk_bytes
 from layers.neighbors import (
     METRICS,
     aggregate_neighbors,
@@ -124,6 +125,14 @@ def test_a_small_budget_changes_nothing(path):
     own = torch.arange(0, 90, 2)
     for max_bytes in (1, 90 * 4 * 7, 90 * 4 * 45 * 2):
         check_search(None, keys, 9, "cosine", own=own, max_bytes=max_bytes)
+
+
+def test_long_rows_get_more_room_but_not_without_bound():
+    cpu = torch.device("cpu")
+    assert chunk_bytes(cpu, row_bytes=400) == DEFAULT_MAX_BYTES["cpu"]
+    assert chunk_bytes(cpu, row_bytes=60_000) == 512 * 60_000
+    assert chunk_bytes(cpu, row_bytes=1 << 30) == 64 << 20
+    assert chunk_bytes(cpu, max_bytes=7, row_bytes=60_000) == 7
 
 
 def test_k_may_be_all_candidates(path):
