@@ -65,7 +65,7 @@ def nearest_neighbors(
             followed by the K-1 best others.
         exclude_self: that position never appears; K others are returned.
         candidates: (N',) or (B, N') distinct positions: only these compete (self excepted).
-        max_bytes: of scores held at a time by the PyTorch path; None for the device's default.
+        max_bytes: of scores held at a time by the PyTorch path; None as `layers.chunking` has it.
 
     Returns:
         Values (B, M, K), best first (cosine and dot descend, squared distances ascend), and

@@ -210,7 +210,7 @@ def _axis_tiles(n: int, window: int, ratio: int) -> tuple[list[int], list[int], 
     def cost(t: int) -> int:
         return math.ceil(n / t) * (t + ratio - 1) * (min(n, t + window - 1) + ratio - 1)
 
-    t = n
+    t = n  # the cheapest, found in a loop: torch 2.6 cannot compile min(key=)
     for smaller in range(n - 1, 0, -1):
         t = smaller if cost(smaller) < cost(t) else t
     keys = min(n, t + window - 1)

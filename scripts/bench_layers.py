@@ -108,10 +108,11 @@ class Floor(nn.Module):
         self.weight, self.gw = torch.randn(K * c, c), torch.zeros(K * c, c)
         self.y = torch.empty(b * m, c)
         self.neighbors = torch.randint(n, (b, m * K)).add_(torch.arange(0, b * n, n)[:, None])
-        budget = chunk_bytes(torch.device("cpu"))
-        self.searched = list(pieces(b, m, budget // (4 * count)))
+        cpu, row_bytes = torch.device("cpu"), 4 * count
+        rows = chunk_bytes(cpu, row_bytes=row_bytes) // row_bytes  # as the layer's search has it
+        self.searched = list(pieces(b, m, rows))
         self.scores = torch.empty_like(self.queries[self.searched[0]] @ self.keys[:1])
-        self.step = budget // 2 // (4 * K * c)
+        self.step = chunk_bytes(cpu) // 2 // (4 * K * c)
         self.rows = torch.empty(self.step * K, c)
 
     def forward(self, x):
@@ -130,7 +131,10 @@ class _Floor(torch.autograd.Function):
         for samples, part in floor.searched:
             q, k = floor.queries[samples, part], floor.keys[samples]
             scores = floor.scores[: len(q), : q.shape[1]]
-            torch.mm(q[0], k[0], out=scores[0]) if len(q) == 1 else torch.bmm(q, k, out=scores)
+            if len(q) == 1:
+                torch.mm(q[0], k[0], out=scores[0])
+            else:
+                torch.bmm(q, k, out=scores)
             scores.topk(K - 1)
         for (rows, _), y in zip(floor.gathered(), floor.y.split(floor.step), strict=True):
             torch.mm(rows, floor.weight, out=y)
