@@ -34,14 +34,15 @@ from dataset import (
     read_image,
     split_train,
 )
-from layers import LAYERS, native
-from layers.distance_kernels import KERNELS
+from layers import LAYERS
 from layers.dynamic import PREDICTORS
 from models import MODELS, model_class
 from models.features import PCA, penultimate_features
 from models.knn import VOTES
 from models.n3net import PRESETS, load_pretrained
 from models.tiling import check_tiles, forward_in_tiles
+from ops.centers.distances import KERNELS
+from ops.cpu import build as native
 from train_eval import (
     ApproximationTask,
     ClassificationTask,

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.convnn import NeighborLayer, with_coordinates
-from layers.neighbors import attend_neighbors, nearest_neighbors
 from layers.options import check_fraction
+from ops.maps.attend import attend_neighbors
+from ops.maps.search import nearest_neighbors
 
 __all__ = ["Conv1d_NN_Attn", "Conv2d_NN_Attn"]
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.coordinates import coordinate_channels
-from layers.neighbors import aggregate_neighbors, location_neighbors, nearest_neighbors
 from layers.options import (
     SIMILARITY_TYPES,
     check_choice,
@@ -21,6 +20,9 @@ from layers.options import (
 )
 from layers.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from layers.sampling import count_candidates, query_index, random_index, spatial_index
+from ops.maps.aggregate import aggregate_neighbors
+from ops.maps.locations import location_neighbors
+from ops.maps.search import nearest_neighbors
 
 __all__ = ["Conv1d_NN", "Conv2d_NN", "NeighborLayer", "with_coordinates"]
 

@@ -1,13 +1,13 @@
 """Dynamic neighbors: a layer that grows by keeping the samples it still gets wrong.
 
 Centers c_i with values v_i predict by a weighted vote: the weight of a center follows from its
-distance to the query (`layers.distance_kernels`). `DynamicNeighbors.grow` learns batch by batch:
+distance to the query (`ops.centers.distances`). `DynamicNeighbors.grow` learns batch by batch:
 the first becomes the first centers; of every later one, the samples still predicted wrong become
 centers, until the batch is predicted well enough. No gradients.
 
 The centers there were cost one matrix product with all samples of a call; after that the sums
-behind each prediction are kept (`layers.votes`), and a new center is one more column. Memory is
-O(samples · block), whatever the number of centers.
+behind each prediction are kept (`ops.centers.votes`), and a new center is one more column. Memory
+is O(samples · block), whatever the number of centers.
 
 Symbols: B samples, N centers, D features, C classes, V columns of values (C, or outputs + 1).
 
@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layers.distance_kernels import DistanceKernel
-from layers.votes import ConeSums, ConeVotes, InterpVotes, TopKVotes
+from ops.budget import check_memory
+from ops.centers.distances import DistanceKernel
+from ops.centers.votes import ConeSums, ConeVotes, InterpVotes, TopKVotes
 
 __all__ = ["PREDICTORS", "CentersFull", "DynamicNeighbors", "Growth"]
 
@@ -208,7 +209,7 @@ class DynamicNeighbors(nn.Module):
         )
         for size in dict.fromkeys((wanted, needed)):
             try:
-                _check_memory(size * row_bytes, self._centers.device)
+                check_memory(size * row_bytes, self._centers.device)
                 self._create(size, like=self._centers)
             except (MemoryError, RuntimeError) as error:
                 for name, buffer in kept.items():
@@ -477,23 +478,3 @@ class DynamicNeighbors(nn.Module):
     def _right(self, sums: Tensor, y: Tensor) -> Tensor:
         """`correct`, straight from the sums: scaling does not change the best class."""
         return self.correct(sums if self.classification else self._finish(sums), y)
-
-
-def _check_memory(num_bytes: int, device: torch.device) -> None:
-    """Raise MemoryError if the device plainly has less free memory than `num_bytes`.
-
-    Linux hands out memory it does not have and ends the process when it is used, so asking is not
-    enough.
-    """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free -= torch.cuda.memory_allocated(device)
-    else:
-        try:
-            with open("/proc/meminfo") as file:
-                lines = dict(line.split(":", 1) for line in file)
-            free = int(lines["MemAvailable"].split()[0]) * 1024
-        except (OSError, KeyError, ValueError):
-            return  # no such count on this system: let the allocation decide
-    if num_bytes > free:
-        raise MemoryError(f"{num_bytes:,} bytes needed, {free:,} free")

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from layers.distance_kernels import DistanceKernel
 from layers.dynamic import DynamicNeighbors
 from layers.prune import prune_centers
+from ops.centers.distances import DistanceKernel
 
 __all__ = ["DynamicNetwork"]
 

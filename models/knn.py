@@ -1,6 +1,6 @@
 """K-nearest-neighbor classification: the training set is the model.
 
-Queries are compared with every stored sample, exactly (:mod:`layers.exact_search`), and the K
+Queries are compared with every stored sample, exactly (:mod:`ops.sets.index`), and the K
 nearest vote. One search serves several K.
 
 Symbols: M queries, N stored samples, D features, C classes, K neighbors.
@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from layers.exact_search import DEFAULT_MAX_BYTES, METRICS, ExactIndex, merge_over_ranks
+from ops.sets.index import DEFAULT_MAX_BYTES, ExactIndex
+from ops.sets.keys import METRICS
+from ops.sets.merge import merge_over_ranks
 
 __all__ = ["VOTES", "KNNClassifier", "count_votes"]
 

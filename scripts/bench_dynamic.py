@@ -28,8 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from layers.distance_kernels import DistanceKernel
 from layers.dynamic import DynamicNeighbors
+from ops.centers.distances import DistanceKernel
 
 
 class PlainNeighbors:

@@ -49,7 +49,7 @@ def run_method(method, keys, queries, k):
     if method.startswith("ours"):
         import torch
 
-        from layers.exact_search import ExactIndex
+        from ops.sets.index import ExactIndex
 
         index = ExactIndex(keys, precision="float32" if "float32" in method else "auto")
         indices = index.search(torch.from_numpy(queries), k)[1].numpy()

@@ -40,8 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import LAYERS, Conv2d_NN, native
-from layers.chunking import chunk_bytes, pieces
+from layers import LAYERS, Conv2d_NN
+from ops.budget import chunk_bytes, pieces
+from ops.cpu import build as native
 
 MIB = 1 << 20
 K = 9

@@ -11,11 +11,11 @@ from PIL import Image
 import layers.dynamic as dynamic
 import main as program
 from dataset import TextEncoder, build_text
-from layers.distance_kernels import DistanceKernel
 from layers.dynamic import DynamicNeighbors
 from layers.prune import prune_centers
 from models.dynamic import DynamicNetwork
 from models.features import PCA, penultimate_features
+from ops.centers.distances import DistanceKernel
 from train_eval import LanguageTask, generate_text, load_checkpoint, mse_to_psnr
 
 TEXT = "the cat sat on the mat and the dog sat on the cat; " * 12
@@ -173,7 +173,7 @@ def test_full_memory_keeps_what_was_learnt(grow, monkeypatch, capsys):
         if num_bytes > free:
             raise MemoryError("none left")
 
-    monkeypatch.setattr(dynamic, "_check_memory", refuse)
+    monkeypatch.setattr(dynamic, "check_memory", refuse)
     monkeypatch.setattr(dynamic, "_MIN_CAPACITY", 64)
     results = grow("--target_accuracy", 1, "--batch_size", 32)
     assert "Growing stopped: no memory for" in capsys.readouterr().out

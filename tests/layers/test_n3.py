@@ -12,9 +12,10 @@ from layers.n3 import (
     N3Aggregation2d,
     N3Block,
     NeuralNearestNeighbors,
-    relaxed_selection,
 )
-from layers.patches import PatchGrid, WindowTiles, diagonal_spread, diagonal_sum
+from ops.patches.grid import PatchGrid
+from ops.patches.tiles import WindowTiles, diagonal_spread, diagonal_sum
+from ops.relax import relaxed_selection
 
 close = torch.testing.assert_close
 

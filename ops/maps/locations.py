@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.topk import best_of_rows_torch
+from ops.topk import best_of_rows_torch
 
 __all__ = ["location_neighbors"]
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import Conv2d_NN, locations, native
-from layers.chunking import DEFAULT_MAX_BYTES, chunk_bytes
-from layers.neighbors import (
-    METRICS,
-    aggregate_neighbors,
-    attend_neighbors,
-    location_neighbors,
-    nearest_neighbors,
-    topk_rows,
-)
+from layers import Conv2d_NN
+from ops import METRICS
+from ops.budget import DEFAULT_MAX_BYTES, chunk_bytes
+from ops.cpu import build
+from ops.maps import locations
+from ops.maps.aggregate import aggregate_neighbors
+from ops.maps.attend import attend_neighbors
+from ops.maps.locations import location_neighbors
+from ops.maps.search import nearest_neighbors
+from ops.topk import topk_rows
 
 needs_compiler = pytest.mark.skipif(
-    native.library() is None, reason=f"no compiled kernels: {native.status()}"
+    build.library() is None, reason=f"no compiled kernels: {build.status()}"
 )
 PATHS = ["0", pytest.param("1", marks=needs_compiler)]
 
@@ -628,14 +628,14 @@ def test_memory_does_not_grow_with_changing_sizes(path):
 def test_without_a_compiler_all_still_works(monkeypatch, tmp_path):
     monkeypatch.setenv("NEIGHBORS_NATIVE_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native, "_found", {})
+    monkeypatch.setattr(build, "_found", {})
     monkeypatch.setenv("NEIGHBORS_NATIVE", "1")
-    assert native.library() is None
-    assert native.status().startswith("absent: no C++ compiler")
+    assert build.library() is None
+    assert build.status().startswith("absent: no C++ compiler")
     check_search(None, torch.randn(1, 20, 3), 4, "cosine", own=torch.arange(20))
     monkeypatch.setenv("NEIGHBORS_NATIVE", "require")
-    with pytest.raises(native.NativeError, match="no C\\+\\+ compiler"):
-        native.library()
+    with pytest.raises(build.NativeError, match="no C\\+\\+ compiler"):
+        build.library()
 
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
@@ -646,7 +646,7 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("NEIGHBORS_NATIVE_CACHE", str(cache))
     monkeypatch.setenv("NEIGHBORS_NATIVE", "1")
-    monkeypatch.setattr(native, "_found", {})
-    assert native.library() is None
-    assert "out of order" in native.status()
+    monkeypatch.setattr(build, "_found", {})
+    assert build.library() is None
+    assert "out of order" in build.status()
     assert list(cache.iterdir()) == []

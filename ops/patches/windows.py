@@ -1,9 +1,9 @@
-"""Compiled arithmetic of image patches and the windows around them; what `layers.n3` uses on a CPU.
+"""Compiled arithmetic of image patches and the windows around them; what N3 layers use on a CPU.
 
-It does what `layers.patches` does in tiles, a window at a time: every patch has exactly the
+It does what `ops.patches.tiles` does in tiles, a window at a time: every patch has exactly the
 candidates of its own window, block products and sums of weights stay in cache, and averaged images
 are written at once. Nothing larger than the weights is ever stored. Works in float32 where the
-stride divides the patch and a compiler is at hand (`layers.native`).
+stride divides the patch and a compiler is at hand (`ops.cpu`).
 
 Symbols: B batch, C channels, G1 × G2 blocks, F = C·stride² numbers in a block, M patches, O patches
 of a window (the query among them: `Windows.barred` says which it is), K volumes.
@@ -18,38 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers import native
-from layers.patches import PatchGrid
+from ops.cpu import build
+from ops.cpu.build import window_kernels
+from ops.patches.grid import PatchGrid
 
-__all__ = ["Windows", "kernels", "window_aggregate", "window_distances"]
+__all__ = ["Windows", "window_aggregate", "window_distances"]
 
 _SLACK = 64  # floats that the kernels may read beyond the columns
 _MAX_RATIO = 4
 _MAX_PARTS = 8  # summands of a gradient that threads gather apart
-
-
-def _declare(lib: ctypes.CDLL) -> None:
-    """Set the argument types of `csrc/relaxed.cpp`."""
-    if lib.relaxed_abi() != 3:
-        raise OSError("another version of the kernels")
-    p, i, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.relaxed_forward.argtypes = [p] * 3 + [i] * 3 + [threads]
-    lib.relaxed_backward.argtypes = [p] * 3 + [i] * 3 + [threads]
-    lib.window_rows.argtypes = [p] * 3 + [threads] * 2
-    lib.window_columns.argtypes = [p] * 3 + [threads]
-    lib.window_distances.argtypes = [p] * 4 + [i] * 2 + [threads]
-    lib.window_distances_backward.argtypes = [p] * 4 + [i, threads]
-    lib.window_aggregate.argtypes = [p] * 4 + [i] * 4 + [threads]
-    lib.window_aggregate_backward.argtypes = [p] * 6 + [i, threads]
-
-
-def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the compiled kernels if they exist here and can take these tensors."""
-    if torch.compiler.is_compiling() or any(
-        t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors
-    ):
-        return None
-    return native.optional("relaxed", _declare, ("-fopenmp-simd",))
 
 
 class Windows:
@@ -69,7 +46,7 @@ class Windows:
     def usable(grid: PatchGrid, *tensors: Tensor) -> bool:
         """Tell whether there are kernels for these patches."""
         fits = grid.patch % grid.stride == 0 and grid.ratio <= _MAX_RATIO
-        return fits and kernels(*tensors) is not None
+        return fits and window_kernels(*tensors) is not None
 
     def sizes(self, samples: int, channels: int, volumes: int) -> ctypes.Array:
         """Sizes in the order of the kernels."""
@@ -106,7 +83,7 @@ class Windows:
         b, c = images.shape[:2]
         out = images.new_empty(self.rows_shape(b, c))
         sizes = self._pack_sizes(b, c)
-        native.run(kernels().window_rows, sizes, images.contiguous(), out, 0)
+        build.run(window_kernels().window_rows, sizes, images.contiguous(), out, 0)
         return out
 
     def from_rows(self, parts: Tensor, channels: int) -> Tensor:
@@ -114,7 +91,7 @@ class Windows:
         rows = parts.sum(0) if len(parts) > 1 else parts[0]
         b = len(rows)
         out = rows.new_empty(b, channels, *self.grid.padded)
-        native.run(kernels().window_rows, self._pack_sizes(b, channels), out, rows, 1)
+        build.run(window_kernels().window_rows, self._pack_sizes(b, channels), out, rows, 1)
         return out
 
     def columns(self, images: Tensor) -> Tensor:
@@ -124,7 +101,7 @@ class Windows:
         out, slack = flat[: images.numel()], flat[images.numel() :]
         slack.zero_()
         sizes = self._pack_sizes(b, c)
-        native.run(kernels().window_columns, sizes, images.contiguous(), out)
+        build.run(window_kernels().window_columns, sizes, images.contiguous(), out)
         return out.view(b, self.blocks[0], -1, self.blocks[1])
 
     def parts(self, samples: int) -> int:
@@ -139,7 +116,7 @@ class Windows:
         norms = F.avg_pool2d(columns.square().sum(2), grid.ratio, 1, divisor_override=1)
         out = columns.new_empty(b, (end - begin) * grid.cols, math.prod(self.size))
         sizes = self.sizes(b, features // grid.stride**2, 1)
-        native.run(kernels().window_distances, sizes, columns, norms, out, begin, end)
+        build.run(window_kernels().window_distances, sizes, columns, norms, out, begin, end)
         return out
 
     def aggregate(
@@ -162,8 +139,8 @@ class Windows:
         """
         b, _, volumes, _ = weights.shape
         sizes = self.sizes(b, out.shape[1] // volumes, volumes)
-        lib = kernels()
-        native.run(lib.window_aggregate, sizes, rows, weights, out, *patches, *blocks)
+        lib = window_kernels()
+        build.run(lib.window_aggregate, sizes, rows, weights, out, *patches, *blocks)
 
 
 class _WindowDistances(torch.autograd.Function):
@@ -182,8 +159,8 @@ class _WindowDistances(torch.autograd.Function):
         b, c = images.shape[:2]
         rows = windows.rows(images)
         out = rows.new_zeros(windows.parts(b), *rows.shape)
-        kernel = kernels().window_distances_backward
-        native.run(kernel, windows.sizes(b, c, 1), rows, grad.contiguous(), out, len(out))
+        kernel = window_kernels().window_distances_backward
+        build.run(kernel, windows.sizes(b, c, 1), rows, grad.contiguous(), out, len(out))
         return windows.from_rows(out, c), None
 
 
@@ -223,7 +200,7 @@ class _WindowAggregate(torch.autograd.Function):
             grad_rows = images.new_zeros(parts, *windows.rows_shape(b, c))
         sizes = windows.sizes(b, c, weights.shape[2])
         tensors = (windows.columns(images), weights, grad.contiguous(), grad_weights, grad_rows)
-        native.run(kernels().window_aggregate_backward, sizes, *tensors, parts)
+        build.run(window_kernels().window_aggregate_backward, sizes, *tensors, parts)
         grad_images = windows.from_rows(grad_rows, c) if want_images else None
         return grad_weights, grad_images, None
 

@@ -1,4 +1,4 @@
-// Exact K-nearest-neighbor search through 8-bit dot products (the method is told in layers/exact_search.py).
+// Exact K-nearest-neighbor search through 8-bit dot products (the method is told in ops/sets/index.py).
 //
 // Plain C entry points for ctypes, no torch headers. Keys are packed in panels of 48; one micro-kernel call scores 8
 // queries against one panel with `vpdpbusd` (unsigned keys x signed queries). Scores never reach memory in bulk: each

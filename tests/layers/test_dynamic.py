@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import layers.dynamic as dynamic
-from layers.distance_kernels import KERNELS, DistanceKernel
 from layers.dynamic import PREDICTORS, CentersFull, DynamicNeighbors
+from ops.centers.distances import KERNELS, DistanceKernel
 
 
 def blobs(count=400, features=20, classes=4, seed=0, noise=0.45):
@@ -248,7 +248,7 @@ def test_memory_runs_out(monkeypatch):
     def refuse(num_bytes, device):
         raise MemoryError("none left")
 
-    monkeypatch.setattr(dynamic, "_check_memory", refuse)
+    monkeypatch.setattr(dynamic, "check_memory", refuse)
     with pytest.raises(CentersFull, match=r"no memory for .* centers of 20 features .*1,000\)"):
         layer.grow(torch.rand(1000, 20), torch.randint(4, (1000,)))
     assert layer.num_centers == 1000
@@ -257,8 +257,8 @@ def test_memory_runs_out(monkeypatch):
 
 def test_memory_check_knows_this_machine():
     with pytest.raises(MemoryError, match="bytes needed"):
-        dynamic._check_memory(1 << 60, torch.device("cpu"))
-    dynamic._check_memory(1, torch.device("cpu"))
+        dynamic.check_memory(1 << 60, torch.device("cpu"))
+    dynamic.check_memory(1, torch.device("cpu"))
 
 
 def test_keep_and_moves():

@@ -1,7 +1,7 @@
 // Neighbor search and aggregation for float32 tensors on a CPU.
 //
 // Plain C entry points (loaded by ctypes, no torch headers: it compiles in seconds). Nothing here allocates results;
-// every function works on contiguous row-major arrays handed in by layers/neighbors.py, which also holds the PyTorch
+// every function works on contiguous row-major arrays handed in by ops/maps and ops/topk.py, which also hold the PyTorch
 // path that gives the same answers. Symbols: B batch, M queries, N keys, C channels, K neighbors, O outputs.
 //
 // Matrix products are register tiles of MR rows by NV vectors, written with the compiler's vector type so that one

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layers.distance_kernels import DistanceKernel, power_
-from layers.neighbors import topk_rows
+from ops.centers.distances import DistanceKernel, power_
+from ops.topk import topk_rows
 
 __all__ = ["ConeSums", "ConeVotes", "InterpVotes", "TopKVotes"]
 

@@ -1,6 +1,6 @@
 // Squared Euclidean distances of a few points by their differences, without the loss of digits that |x|^2 + |c|^2 - 2xc
 // has for neighbors: many features for a few points, a few features (coordinates) for many points. Plain C interface for
-// ctypes; layers/distance_kernels.py holds the PyTorch path.
+// ctypes; ops/centers/distances.py holds the PyTorch path.
 
 #include <algorithm>
 #include <atomic>

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from layers import exact_search as module
-from layers.exact_search import METRICS, ExactIndex, exact_search, merge_neighbors
+from ops.cpu import build
+from ops.sets import certified
+from ops.sets.index import ExactIndex, exact_search
+from ops.sets.keys import METRICS
+from ops.sets.merge import merge_neighbors
 
 PATHS = ("compiled", "int8", "float32", "plain float32", "float64")
 
@@ -16,16 +19,16 @@ def take(monkeypatch):
 
     def choose(path):
         if path == "compiled":
-            if module._library() is None:
+            if build.exact_search_library() is None:
                 pytest.skip("no compiler, or no processor with fast 8-bit products")
             return
-        monkeypatch.setattr(module, "_library", lambda: None)
-        monkeypatch.setattr(module, "_int_mm_pays", lambda: path == "int8")
+        monkeypatch.setattr(build, "exact_search_library", lambda: None)
+        monkeypatch.setattr(certified, "int_mm_pays", lambda: path == "int8")
         if path != "float32":
-            monkeypatch.setattr(module, "_helpers", lambda: None)
+            monkeypatch.setattr(build, "exact_search_helpers", lambda: None)
         if path == "float64":
-            search = module._search_torch
-            monkeypatch.setattr(module, "_search_torch", lambda *a: search(*a[:4], "float64"))
+            search = certified.search_torch
+            monkeypatch.setattr(certified, "search_torch", lambda *a: search(*a[:-1], "float64"))
 
     return choose
 
@@ -232,7 +235,7 @@ def test_an_index_is_searched_again():
 
 
 def test_data_that_eight_bits_do_not_separate_fall_back(monkeypatch):
-    if module._library() is None:
+    if build.exact_search_library() is None:
         pytest.skip("no compiled search")
     generator = torch.Generator().manual_seed(9)
     keys = 100 * torch.randn(2, 12, generator=generator)

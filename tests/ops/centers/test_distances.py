@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from layers import native
-from layers.distance_kernels import (
+from ops.centers.distances import (
     KERNELS,
     DistanceKernel,
     cosine_kernel,
@@ -17,6 +16,7 @@ from layers.distance_kernels import (
     influence_cone_kernel,
     power_,
 )
+from ops.cpu import build
 
 
 def slow_weight(kernel, c, x, centers):
@@ -78,8 +78,8 @@ def test_euclidean_distances_of_small_blocks(monkeypatch, native, rows, keys, fe
 @pytest.mark.parametrize("exponent", [-1.0, -2.0, -4.0, -8.0])
 @pytest.mark.parametrize(("rows", "keys", "features"), [(1, 1, 3), (5, 300, 2), (37, 19, 53)])
 def test_compiled_votes_equal_weights_times_values(exponent, rows, keys, features):
-    if native.library() is None:
-        pytest.skip(f"compiled kernels: {native.status()}")
+    if build.library() is None:
+        pytest.skip(f"compiled kernels: {build.status()}")
     generator = torch.Generator().manual_seed(keys)
     kernel = DistanceKernel("euclidean", epsilon=0.1, exponent=exponent)
     x = torch.rand(rows, features, generator=generator)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from layers import native
+from ops.cpu import build
 
 __all__ = ["best_of_rows", "best_of_rows_torch", "block_size", "topk_rows"]
 
@@ -52,7 +52,7 @@ def _(scores: Tensor, K: int, largest: bool) -> tuple[Tensor, Tensor]:
 
 def best_of_rows(rows: Tensor, K: int, largest: bool = True) -> tuple[Tensor, Tensor]:
     """Top K of (R, n): values and indices (R, K), new tensors."""
-    lib = native.library() if native.usable(rows) else None
+    lib = build.library() if build.usable(rows) else None
     if lib is None:
         return best_of_rows_torch(rows, K, largest)
     if rows.stride(1) != 1:
@@ -62,7 +62,7 @@ def best_of_rows(rows: Tensor, K: int, largest: bool = True) -> tuple[Tensor, Te
     indices = rows.new_empty(count, K, dtype=torch.int64)
     stride, sign = rows.stride(0), 1.0 if largest else -1.0
     if count:
-        native.run(lib.nn_topk, rows, count, n, stride, K, sign, values, indices)
+        build.run(lib.nn_topk, rows, count, n, stride, K, sign, values, indices)
     return values, indices
 
 

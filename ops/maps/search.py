@@ -3,11 +3,11 @@
 Queries meet keys in matrix products of a bounded size, whose rows are reduced to their K best
 before the next product is made: O(chunk · N) memory, never O(M · N).
 
-Float32 tensors on a CPU go through compiled kernels where `layers.native` can build them; all else
+Float32 tensors on a CPU go through compiled kernels where `ops.cpu` can build them; all else
 (float64, half precision, CUDA, MPS, no compiler) through PyTorch, with the same results. Every
 operation is a `torch.library` operator, so that compilation, export and FLOP counting see it whole.
-What is done with neighbors is in `layers.aggregation`, neighbors by location in
-`layers.locations`, rows of ready-made scores in `layers.topk`; all can be imported from here.
+What is done with neighbors is in `ops.maps.aggregate` and `ops.maps.attend`, neighbors by location
+in `ops.maps.locations`, rows of ready-made scores in `ops.topk`.
 
 Symbols: B batch, M queries, N keys, C channels, K neighbors.
 
@@ -23,21 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from layers import native
-from layers.aggregation import METRICS, aggregate_neighbors, attend_neighbors
-from layers.chunking import DEFAULT_MAX_BYTES, chunk_bytes, pieces
-from layers.locations import location_neighbors
-from layers.topk import best_of_rows, block_size, topk_rows
+from ops import METRICS
+from ops.budget import chunk_bytes, pieces
+from ops.cpu import build
+from ops.topk import best_of_rows, block_size
 
-__all__ = [
-    "DEFAULT_MAX_BYTES",
-    "METRICS",
-    "aggregate_neighbors",
-    "attend_neighbors",
-    "location_neighbors",
-    "nearest_neighbors",
-    "topk_rows",
-]
+__all__ = ["nearest_neighbors"]
 
 
 def nearest_neighbors(
@@ -65,7 +56,7 @@ def nearest_neighbors(
             followed by the K-1 best others.
         exclude_self: that position never appears; K others are returned.
         candidates: (N',) or (B, N') distinct positions: only these compete (self excepted).
-        max_bytes: of scores held at a time by the PyTorch path; None as `layers.chunking` has it.
+        max_bytes: of scores held at a time by the PyTorch path; None as `ops.budget` has it.
 
     Returns:
         Values (B, M, K), best first (cosine and dot descend, squared distances ascend), and
@@ -150,7 +141,7 @@ def _search(
         if (self_index is not None) and candidates is not None:
             _check_candidates(self_index, candidates, K, exclude_self)
         args = (queries, keys, K, metric, self_index, exclude_self, candidates)
-        if m == 0 or not native.usable(queries, keys):
+        if m == 0 or not build.usable(queries, keys):
             return _search_torch(*args, max_bytes)
         return _search_native(*args)
 
@@ -189,8 +180,8 @@ def _search_native(queries, keys, K, metric, self_index, exclude_self, candidate
     m = self_index.shape[-1] if queries is None else queries.shape[1]
     values = keys.new_empty(b, m, K)
     indices = keys.new_empty(b, m, K, dtype=torch.int64)
-    native.run(
-        native.library().nn_search,
+    build.run(
+        build.library().nn_search,
         *(queries, keys, b, m, n, c, K, METRICS.index(metric)),
         *(self_index, _step(self_index), int(exclude_self)),
         *(candidates, _step(candidates), n if candidates is None else candidates.shape[-1]),

@@ -2,7 +2,7 @@
 // of the relaxed selection, weighted sums of patches, and the gradients of all three.
 //
 // A patch is ratio x ratio blocks; a window is `down` x `across` patches. Layouts of an image's blocks
-// (those of layers/windows.py):
+// (those of ops/patches/windows.py):
 //   rows     (samples, block_rows, block_cols, padded): the numbers of a block, zeros up to `padded`
 //   columns  (samples, block_rows, features, block_cols): one number of all blocks of a row
 // The columns may be read up to SLACK floats beyond their end. All memory is the caller's. Plain C
@@ -442,7 +442,7 @@ int relaxed_abi() { return 3; }
 // range of the numbers: its weights are not to be used.
 int relaxed_forward(const float* first, float* weights, uint8_t* left, int64_t rows, int64_t k, int64_t n,
                     int threads) {
-    // With u = exp(alpha) and s its sum, w = u / s, and u becomes u (1 - w): the formulas of layers/n3.py.
+    // With u = exp(alpha) and s its sum, w = u / s, and u becomes u (1 - w): the formulas of ops/relax.py.
     const int64_t step = 32;
     return run_tasks(threads, (rows + step - 1) / step, [=](int64_t task, Scratch&) {
         std::vector<double> u(n);

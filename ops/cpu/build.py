@@ -1,7 +1,7 @@
-"""Compiled CPU kernels of the neighbor search: built on first use, absent without a compiler.
+"""Compiled CPU kernels: built on first use, absent without a compiler.
 
-`csrc/neighbors.cpp` needs a C++17 compiler and nothing else; it takes a few seconds to build, once
-per machine, into a cache folder of the user. Environment variables:
+Each needs a C++17 compiler and nothing else, and takes a few seconds to build, once per machine,
+into a cache folder of the user. Environment variables:
 
 - `NEIGHBORS_NATIVE`: 0 switches the kernels off, 1 (or unset) uses them where they can be built,
   `require` raises where they cannot, with the compiler's words.
@@ -26,9 +26,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["NativeError", "build", "library", "optional", "pointer", "run", "status", "usable"]
+__all__ = [
+    "NativeError",
+    "build",
+    "distance_library",
+    "exact_search_helpers",
+    "exact_search_library",
+    "library",
+    "optional",
+    "pointer",
+    "run",
+    "status",
+    "usable",
+    "window_kernels",
+]
 
-SOURCES = Path(__file__).parent / "csrc"
+SOURCES = Path(__file__).parent
 ABI = 2
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-w")
 _BUILD_SECONDS = 180
@@ -88,7 +101,7 @@ def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> str
         Path(name).unlink(missing_ok=True)
 
 
-def _declare(lib: ctypes.CDLL) -> None:
+def _declare_search(lib: ctypes.CDLL) -> None:
     if lib.nn_abi() != ABI:
         raise OSError(f"{lib._name} is not of this version")
     i, p, d, f = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -112,7 +125,7 @@ def _open(path: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
 def build(
     name: str, declare: Callable[[ctypes.CDLL], None], options: Sequence[str] = ()
 ) -> ctypes.CDLL:
-    """Compile `csrc/<name>.cpp`, unless the cache holds it, and load it.
+    """Compile `<name>.cpp`, unless the cache holds it, and load it.
 
     Args:
         name: Name of the source, without suffix.
@@ -186,7 +199,7 @@ def optional(
 
 def library() -> ctypes.CDLL | None:
     """Return the kernels of the search, or None; see :func:`optional`."""
-    return optional("neighbors", _declare)
+    return optional("search", _declare_search)
 
 
 def status() -> str:
@@ -195,7 +208,7 @@ def status() -> str:
         return "switched off"
     lib = library()
     if lib is None:
-        return f"absent: {_found['neighbors']}"
+        return f"absent: {_found['search']}"
     return f"compiled, vectors of {lib.nn_vector_length()} floats"
 
 
@@ -221,3 +234,67 @@ def run(function: Callable[..., int], *args: Tensor | float | None) -> None:
         raise IndexError("a neighbor index is out of range")
     if code:
         raise MemoryError("a neighbor kernel ran out of memory")
+
+
+def _declare_windows(lib: ctypes.CDLL) -> None:
+    """Set the argument types of `windows.cpp`."""
+    if lib.relaxed_abi() != 3:
+        raise OSError("another version of the kernels")
+    p, i, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.relaxed_forward.argtypes = [p] * 3 + [i] * 3 + [threads]
+    lib.relaxed_backward.argtypes = [p] * 3 + [i] * 3 + [threads]
+    lib.window_rows.argtypes = [p] * 3 + [threads] * 2
+    lib.window_columns.argtypes = [p] * 3 + [threads]
+    lib.window_distances.argtypes = [p] * 4 + [i] * 2 + [threads]
+    lib.window_distances_backward.argtypes = [p] * 4 + [i, threads]
+    lib.window_aggregate.argtypes = [p] * 4 + [i] * 4 + [threads]
+    lib.window_aggregate_backward.argtypes = [p] * 6 + [i, threads]
+
+
+def window_kernels(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Return the compiled kernels if they exist here and can take these tensors."""
+    if torch.compiler.is_compiling() or any(
+        t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors
+    ):
+        return None
+    return optional("windows", _declare_windows, ("-fopenmp-simd",))
+
+
+def exact_search_library() -> ctypes.CDLL | None:
+    """Return the compiled search where the processor has fast 8-bit products."""
+    library = exact_search_helpers()
+    return library if library is not None and library.es_supported() else None
+
+
+def exact_search_helpers() -> ctypes.CDLL | None:
+    """Load index.cpp if it can be compiled, for the parts that run anywhere."""
+    return optional("index", _declare_exact_search, ("-fopenmp-simd", "-fno-trapping-math"))
+
+
+def _declare_exact_search(library: ctypes.CDLL) -> None:
+    pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.es_new.restype = pointer
+    library.es_new.argtypes = [pointer, integer, *[number] * 3, integer, integer, pointer, integer]
+    library.es_pack.argtypes = [pointer, integer, number, number, integer, integer, *[pointer] * 3]
+    library.es_pack.argtypes += [integer]
+    library.es_scan.argtypes = [*[pointer] * 4, number, number]
+    library.es_select.argtypes = [pointer, *[number] * 3, pointer, ctypes.c_float, number]
+    library.es_select.argtypes += [pointer, pointer, number, integer]
+    library.es_costs.argtypes = [pointer, integer, number, number, pointer, pointer, number]
+    library.es_costs.argtypes += [integer, pointer, integer]
+    library.es_finish.argtypes, library.es_finish.restype = [pointer] * 3, None
+    library.es_free.argtypes, library.es_free.restype = [pointer], None
+    library.es_evaluated.argtypes, library.es_evaluated.restype = [pointer], number
+    library.es_panel.restype = library.es_meta.restype = number
+
+
+def _declare_distances(library: ctypes.CDLL) -> None:
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    number, integer = ctypes.c_float, ctypes.c_int
+    library.nd_squared.argtypes = [*[address] * 2, *[size] * 3, address, integer]
+    library.nd_votes.argtypes = [*[address] * 3, *[size] * 4, number, integer, address, integer]
+
+
+def distance_library() -> ctypes.CDLL | None:
+    """Return the compiled distances to centers, or None; see :func:`optional`."""
+    return optional("distances", _declare_distances)

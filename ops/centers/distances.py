@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layers import native
+from ops.cpu import build
 
 __all__ = [
     "KERNELS",
@@ -107,14 +107,7 @@ def _compiled(*tensors: Tensor) -> ctypes.CDLL | None:
         fits = tensor.dtype is torch.float32 and tensor.device.type == "cpu"
         if not (fits and tensor.is_contiguous()):
             return None
-    return native.optional("distances", _declare)
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    size, address = ctypes.c_int64, ctypes.c_void_p
-    number, integer = ctypes.c_float, ctypes.c_int
-    library.nd_squared.argtypes = [*[address] * 2, *[size] * 3, address, integer]
-    library.nd_votes.argtypes = [*[address] * 3, *[size] * 4, number, integer, address, integer]
+    return build.distance_library()
 
 
 def _squared_distances(
@@ -134,7 +127,7 @@ def _squared_distances(
     small = few or out.numel() * keys.shape[1] <= _COMPILED_DIFFERENCES
     library = _compiled(queries, keys, out) if small else None
     if library is not None:
-        native.run(library.nd_squared, queries, keys, *out.shape, keys.shape[1], out)
+        build.run(library.nd_squared, queries, keys, *out.shape, keys.shape[1], out)
         return out
     if few:
         return _direct_squared(keys, queries, out, work)
@@ -355,7 +348,7 @@ class DistanceKernel:
             return False
         sizes = rows, count, features, columns.shape[1]
         power = self.epsilon, _SQUARINGS[self.exponent]
-        native.run(library.nd_votes, queries, keys, columns, *sizes, *power, sums)
+        build.run(library.nd_votes, queries, keys, columns, *sizes, *power, sums)
         return True
 
     def weights(self, distances: Tensor, *, relative: bool = False) -> Tensor:

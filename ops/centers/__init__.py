@@ -1,0 +1,1 @@
+"""Distances to the centers of growing networks, and the votes of those centers."""

@@ -1,0 +1,1 @@
+"""Compiled kernels for the CPU: `build` compiles and loads the C++ beside it."""

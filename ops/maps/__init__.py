@@ -1,0 +1,1 @@
+"""Neighbors inside feature maps and token rows: found, aggregated, attended to."""

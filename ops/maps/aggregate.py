@@ -1,0 +1,229 @@
+"""Weighted sums over chosen neighbors: a convolution whose taps are neighbors.
+
+Neighbors are read row by row where they lie: the (B, M, K, C) tensor of all of them never exists,
+forward or backward. Float32 tensors on a CPU go through compiled kernels (`ops.cpu`) where
+there are any, all else through PyTorch in chunks.
+
+Symbols: B batch, M queries, N keys, C channels, K neighbors, O output channels.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ops.budget import chunk_bytes, pieces
+from ops.cpu import build
+
+__all__ = [
+    "aggregate_neighbors",
+    "gathered_rows",
+    "match_autocast",
+    "sample_step",
+    "without_autocast",
+]
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Let an operator's own products run in the types it was given."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with torch.autocast(device_type=args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def match_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast as torch does for a convolution under autocast (float64 stays)."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def aggregate_neighbors(
+    x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Weigh the K neighbors of every query.
+
+    y[b, m] = Σ_k weight[:, :, k] x[b, indices[b, m, k]] + bias.
+    Memory beside the result: a chunk of neighbors; gradients are written by hand and gather again.
+
+    Args:
+        x: (B, N, C).
+        indices: (B, M, K), or (M, K) for all samples; no gradient.
+        weight: (O, C, K).
+        bias: (O,).
+
+    Returns:
+        (B, M, O). Under autocast in its type.
+
+    Raises:
+        ValueError: for shapes that do not fit or an empty batch.
+        IndexError: for an index outside `x`, where the compiled kernels run.
+    """
+    if x.dim() != 3 or weight.dim() != 3 or indices.dim() not in (2, 3):
+        raise ValueError(
+            "expected x (B, N, C), indices (B, M, K) or (M, K), weight (O, C, K); got "
+            f"{tuple(x.shape)}, {tuple(indices.shape)}, {tuple(weight.shape)}"
+        )
+    if x.shape[0] == 0:
+        raise ValueError("the batch must hold at least one sample (got 0)")
+    if (
+        x.shape[2] != weight.shape[1]
+        or indices.shape[-1] != weight.shape[2]
+        or (indices.dim() == 3 and indices.shape[0] != x.shape[0])
+    ):
+        raise ValueError(
+            "x (B, N, C), indices (B, M, K) and weight (O, C, K) do not fit: got "
+            f"{tuple(x.shape)}, {tuple(indices.shape)}, {tuple(weight.shape)}"
+        )
+    x, weight, bias = match_autocast(x, weight, bias)
+    return torch.ops.neighbors.aggregate(x, indices, weight, bias)
+
+
+@torch.library.custom_op("neighbors::aggregate", mutates_args=())
+@without_autocast
+def _aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    b, n, c = x.shape
+    m, K = indices.shape[-2:]
+    o = weight.shape[0]
+    x, indices = x.contiguous(), indices.contiguous()
+    y = x.new_empty(b, m, o)
+    if m == 0:
+        return y
+    if build.usable(x, indices, weight, bias) and _fused_pays(c, o, K):
+        weight = weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        step = sample_step(indices)
+        build.run(build.library().nn_aggregate, x, indices, step, weight, bias, y, b, m, n, c, o, K)
+        return y
+    matrix = weight.transpose(1, 2).reshape(o, K * c).T  # (K·C, O)
+    flat = y.view(b * m, o)
+    for r0, r1, rows, _ in gathered_rows(x, indices):
+        if bias is None:
+            torch.mm(rows, matrix, out=flat[r0:r1])
+        else:
+            torch.addmm(bias, rows, matrix, out=flat[r0:r1])
+    return y
+
+
+@_aggregate.register_fake
+def _(x, indices, weight, bias):
+    return x.new_empty(x.shape[0], indices.shape[-2], weight.shape[0])
+
+
+def _fused_pays(c: int, o: int, K: int) -> bool:
+    """Whether the register tiles beat a library's matrix product on gathered rows."""
+    return K * c * o <= 9 * 256 * 256
+
+
+def gathered_rows(x: Tensor, indices: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield r0, r1, rows (r1 - r0, K·C) and their numbers: the neighbors of queries r0 to r1.
+
+    Queries count through all samples, and so do the numbers (r1 - r0)·K. The rows lie in one
+    buffer, overwritten each time, which the caller may write to.
+    """
+    b, n, c = x.shape
+    m, K = indices.shape[-2:]
+    table, indices = x.view(b * n, c), indices.expand(b, m, K)
+    starts = torch.arange(0, b * n, n, device=x.device)[:, None, None]
+    budget = chunk_bytes(x.device) // 2  # the rest of the cache: weights and results
+    buffer = None
+    for samples, part in pieces(b, m, budget // (K * c * x.element_size())):
+        flat = (indices[samples, part] + starts[samples]).view(-1)
+        if buffer is None:
+            buffer = x.new_empty(len(flat), c)
+        rows = torch.index_select(table, 0, flat, out=buffer[: len(flat)]).view(-1, K * c)
+        r0 = samples.start * m + part.start
+        yield r0, r0 + len(rows), rows, flat
+
+
+@torch.library.custom_op("neighbors::aggregate_backward", mutates_args=())
+@without_autocast
+def _aggregate_backward(
+    gy: Tensor, x: Tensor, indices: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    b, n, c = x.shape
+    m, K = indices.shape[-2:]
+    o = weight.shape[0]
+    gy, x, indices = gy.contiguous(), x.contiguous(), indices.contiguous()
+    # Sums of many rows: in float32 at least.
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    gx = x.new_zeros((b, n, c) if need_x else 0, dtype=wide)
+    if m == 0:
+        return gx.to(x.dtype), torch.zeros_like(weight) if need_weight else weight.new_empty(0)
+    if build.usable(x, indices, weight, gy) and _fused_pays(c, o, K):
+        lib, weight = build.library(), weight.contiguous()
+        step = sample_step(indices)
+        sizes = (b, m, n, c, o, K)
+        gw = weight.new_empty((o, c, K) if need_weight else 0)
+        if need_x:
+            build.run(lib.nn_aggregate_grad_input, gy, indices, step, weight, gx, *sizes)
+        if need_weight:
+            build.run(lib.nn_aggregate_grad_weight, gy, x, indices, step, gw, *sizes)
+        return gx, gw
+    matrix = weight.transpose(1, 2).reshape(o, K * c)
+    gw = weight.new_zeros((o, K * c) if need_weight else 0, dtype=wide)
+    flat_gy, flat_gx = gy.view(b * m, o), gx.view(-1, c)
+    for r0, r1, rows, flat in gathered_rows(x, indices):
+        if need_weight:
+            if gw.dtype == x.dtype:
+                gw.addmm_(flat_gy[r0:r1].T, rows)
+            else:
+                gw += flat_gy[r0:r1].T @ rows
+        if need_x:
+            g = torch.mm(flat_gy[r0:r1], matrix, out=rows)  # in place of the neighbors
+            flat_gx.index_add_(0, flat, g.view(-1, c).to(wide))
+    if need_weight:
+        gw = gw.view(o, K, c).transpose(1, 2).to(weight.dtype).contiguous()
+    else:
+        gw = gw.to(weight.dtype)
+    return gx.to(x.dtype), gw
+
+
+@_aggregate_backward.register_fake
+def _(gy, x, indices, weight, need_x, need_weight):
+    gx = x.new_empty(x.shape if need_x else (0,))
+    return gx, weight.new_empty(weight.shape if need_weight else (0,))
+
+
+def _aggregate_setup(ctx, inputs, output) -> None:
+    x, indices, weight, _bias = inputs
+    ctx.save_for_backward(x, indices, weight)
+
+
+def _aggregate_autograd(ctx, gy: Tensor):
+    x, indices, weight = ctx.saved_tensors
+    need_x, _, need_weight, need_bias = ctx.needs_input_grad
+    gx = gw = None
+    if need_x or need_weight:
+        gx, gw = torch.ops.neighbors.aggregate_backward(gy, x, indices, weight, need_x, need_weight)
+    gb = gy.sum((0, 1)) if need_bias else None
+    return gx if need_x else None, None, gw if need_weight else None, gb
+
+
+torch.library.register_autograd(
+    "neighbors::aggregate", _aggregate_autograd, setup_context=_aggregate_setup
+)
+
+
+def sample_step(indices: Tensor) -> int:
+    """How far apart the neighbors of two samples lie: 0 where all share them."""
+    return 0 if indices.dim() == 2 else indices.shape[1] * indices.shape[2]
+
+
+@register_flop_formula(torch.ops.neighbors.aggregate)
+def _aggregate_flops(x, indices, weight, *_, **__) -> int:
+    o, c, K = weight
+    return 2 * x[0] * indices[-2] * K * c * o
+
+
+@register_flop_formula(torch.ops.neighbors.aggregate_backward)
+def _aggregate_backward_flops(gy, x, indices, weight, need_x, need_weight, *_, **__) -> int:
+    return (int(need_x) + int(need_weight)) * _aggregate_flops(x, indices, weight)

@@ -1,0 +1,1 @@
+"""Patches of images: the grid, tiles of products, windows by compiled kernels."""

@@ -1,0 +1,1 @@
+"""Neighbors among the rows of large sets, and among listed candidates."""
