@@ -7,7 +7,7 @@ https://arxiv.org/abs/2511.14137. Symbols as in `layers.convnn`.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.convnn import NeighborLayer, with_coordinates
+from layers.neighbor_layer import NeighborLayer, with_coordinates
 from layers.options import check_fraction
 from ops.maps.attend import attend_neighbors
 from ops.maps.search import nearest_neighbors

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from layers.attention import Conv1d_NN_Attn, Conv2d_NN_Attn
 from layers.conv import same_conv
-from layers.convnn import Conv1d_NN, Conv2d_NN, NeighborLayer
+from layers.convnn import Conv1d_NN, Conv2d_NN
+from layers.neighbor_layer import NeighborLayer
 from layers.options import check_at_least, check_fraction, check_kernel_size
 
 __all__ = ["Conv1d_Attn_Branching", "Conv1d_Branching", "Conv2d_Attn_Branching", "Conv2d_Branching"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from layers.n3 import channels_last, init_batch_norm
+from layers.cnn import channels_last, init_batch_norm
 
 __all__ = ["DnCNN"]
 

@@ -4,15 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers.n3 import (
-    ConcreteBlock,
-    HardNeighbors,
-    KNNBlock,
-    N3Aggregation,
-    N3Aggregation2d,
-    N3Block,
-    NeuralNearestNeighbors,
-)
+from layers.n3 import ConcreteBlock, KNNBlock, N3Aggregation, N3Aggregation2d, N3Block
+from layers.selection import HardNeighbors, NeuralNearestNeighbors
 from ops.patches.grid import PatchGrid
 from ops.patches.tiles import WindowTiles, diagonal_spread, diagonal_sum
 from ops.relax import relaxed_selection
