@@ -1,4 +1,4 @@
-"""Datasets and loaders: every dataset names its task and is built by a row of ``DATASETS``.
+"""Image sets, splits, samplers, loaders. The table of data sets is in `tasks`.
 
 Small image sets are held in memory as 8-bit tensors and are cropped, flipped, resized and
 normalised a batch at a time; folders of images are decoded one by one through torchvision.
@@ -19,22 +19,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, default_collate
 
+from options import Options, option
+
 __all__ = [
-    "DATASETS",
     "Data",
     "DataError",
-    "DatasetEntry",
+    "DataOptions",
     "EpochSampler",
     "FeatureArray",
     "ImageArray",
-    "NoisyCrops",
-    "NoisyImages",
-    "TextEncoder",
-    "TextWindows",
+    "ImageOptions",
+    "build_digits",
+    "build_imagefolder",
+    "build_imagenet",
     "build_loader",
+    "build_npz",
     "encode_data",
-    "load_data",
+    "image_side",
+    "limit",
+    "read_image",
+    "read_image_folders",
     "split_train",
+    "torchvision_builder",
 ]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,7 +56,7 @@ class Data:
     """What a run needs to know of its data.
 
     Attributes:
-        name: Name in ``DATASETS``.
+        name: Name in `tasks.DATASETS`.
         task: Name of the task, e.g. "classification".
         train: Training set.
         test: Test set.
@@ -72,6 +78,45 @@ class Data:
     class_names: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """How much of a data set is used, and for what."""
+
+    title = "Data"
+    val_split: float = option(
+        0.0,
+        "part of the training set held out to choose the best checkpoint; "
+        "0 chooses on the test set, as the published runs do",
+        least=0,
+        below=1,
+    )
+    limit_train: int = option(None, "use the first N training samples", kind=int, least=1)
+    limit_test: int = option(None, "use the first N test samples", kind=int, least=1)
+
+
+@dataclass(frozen=True)
+class ImageOptions(Options):
+    """Labelled images."""
+
+    title = "Labelled images"
+    data_path: str = option(
+        "./Data",
+        "folder of the data (downloads go there), or the file of --dataset npz",
+        resumable=True,
+    )
+    resize: int = option(None, "side of the square images are resized to", kind=int, least=1)
+    augment: bool = option(
+        False,
+        "random crops, and flips where a mirrored image is still of its class",
+        trainers=("gradient", "growth"),
+    )
+    noise: float = option(
+        0.0,
+        "standard deviation of Gaussian noise on images in [0, 1], in training and testing",
+        least=0,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,6 +233,17 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     return mean, std
 
 
+def image_side(sides: Sequence[int], resize: int | None, min_side: int) -> int | None:
+    """Return the side that images are resized to; None keeps their size.
+
+    Args:
+        sides: Height and width as they come.
+        resize: The side asked for, or None.
+        min_side: The smallest side the model accepts: smaller images are resized up to it.
+    """
+    return min_side if resize is None and min(sides) < min_side else resize
+
+
 def build_array_data(
     name: str,
     train: tuple[Tensor, Tensor],
@@ -219,9 +275,8 @@ def build_array_data(
     """
     _, c, h, w = train[0].shape
     notes = []
-    side = resize
-    if resize is None and min(h, w) < min_side:
-        side = min_side
+    side = image_side((h, w), resize, min_side)
+    if side is not None and resize is None:
         notes.append(
             f"{name} images are {h}x{w}; the model needs at least {min_side}x{min_side}, "
             f"so they are resized up (--resize chooses another size)."
@@ -302,9 +357,18 @@ def to_image_tensor(images: Any) -> Tensor:
     return images.contiguous()
 
 
-def _torchvision_builder(
+def torchvision_builder(
     name: str, class_name: str, files: Sequence[str], *, flip: bool
 ) -> Callable[..., Data]:
+    """Make the builder of a data set of `torchvision.datasets`.
+
+    Args:
+        name: Its name here.
+        class_name: Its name there.
+        files: See :func:`load_torchvision`.
+        flip: Whether a mirrored image is still of its class.
+    """
+
     def build(*, data_path: str, **options: Any) -> Data:
         train, test = load_torchvision(data_path, class_name, files)
         arrays = [
@@ -594,235 +658,8 @@ def read_image_folders(
     return images, names, notes
 
 
-class NoisyCrops(Dataset):
-    """Random crops of clean images in one of eight orientations, with fresh Gaussian noise.
-
-    Noisy images are not clipped to [0, 1].
-
-    Args:
-        images: Clean images (C, H, W) uint8, of any sizes.
-        names: Their names.
-        crop: Side of the square crops in pixels.
-        sigma: Standard deviation of the noise on the 0-255 scale.
-        repeat: Crops of each image in an epoch.
-    """
-
-    def __init__(
-        self, images: Sequence[Tensor], names: Sequence[str], crop: int, sigma: float, repeat: int
-    ) -> None:
-        for image, name in zip(images, names, strict=True):
-            if min(image.shape[1:]) < crop:
-                height, width = image.shape[1:]
-                raise DataError(
-                    f"{name} is {height}x{width}, too small for crops of {crop}x{crop} pixels: "
-                    f"choose --crop_size {min(height, width)} or less, or leave the image out."
-                )
-        self.images, self.names = list(images), list(names)
-        self.crop, self.sigma, self.repeat = crop, sigma, repeat
-
-    def __len__(self) -> int:
-        return len(self.images) * self.repeat
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        noisy, clean = self.__getitems__([index])
-        return noisy[0], clean[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch: noisy and clean crops (B, C, crop, crop) float32, clean in [0, 1]."""
-        crops = []
-        for index in indices:
-            image = self.images[index % len(self.images)]
-            top = int(torch.randint(image.shape[1] - self.crop + 1, ()))
-            left = int(torch.randint(image.shape[2] - self.crop + 1, ()))
-            turns, mirror = divmod(int(torch.randint(8, ())), 2)
-            piece = image[:, top : top + self.crop, left : left + self.crop]
-            piece = piece.rot90(turns, (1, 2))
-            crops.append(piece.flip(2) if mirror else piece)
-        clean = torch.stack(crops).float().div_(255)
-        return clean + torch.randn(clean.shape) * (self.sigma / 255), clean
-
-    def hold_out(self, fraction: float, seed: int) -> tuple["NoisyCrops", "NoisyImages"]:
-        """Split off whole images: crops of those that stay, and those held out."""
-        n = len(self.images)
-        held_out = round(n * fraction)
-        if not 0 < held_out < n:
-            raise DataError(
-                f"--val_split {fraction} leaves {n - held_out} training and {held_out} validation "
-                f"images of {n}: both must be at least 1."
-            )
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-        val, train = sorted(order[:held_out]), sorted(order[held_out:])
-        return (
-            NoisyCrops(
-                [self.images[i] for i in train],
-                [self.names[i] for i in train],
-                self.crop,
-                self.sigma,
-                self.repeat,
-            ),
-            NoisyImages(
-                [self.images[i] for i in val], [self.names[i] for i in val], self.sigma, seed
-            ),
-        )
-
-
-class NoisyImages(Dataset):
-    """Whole images with Gaussian noise that depends on the seed and the position in the set.
-
-    Sizes differ, so that a batch is one image. Noisy images are not clipped to [0, 1].
-
-    Args:
-        images: Clean images (C, H, W) uint8.
-        names: Their names.
-        sigma: Standard deviation of the noise on the 0-255 scale.
-        seed: Seed of the noise.
-    """
-
-    max_batch_size = 1
-
-    def __init__(
-        self, images: Sequence[Tensor], names: Sequence[str], sigma: float, seed: int
-    ) -> None:
-        self.images, self.names = list(images), list(names)
-        self.sigma, self.seed = sigma, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        clean = self.images[index].float().div_(255)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        noise = torch.randn(clean.shape, generator=generator)
-        return clean + noise * (self.sigma / 255), clean
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch, of equally large images: noisy and clean (B, C, H, W) float32."""
-        pairs = [self[i] for i in indices]
-        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
-
-
-def build_denoise(
-    *,
-    train_dirs: Sequence[str] | None,
-    test_dirs: Sequence[str],
-    color: bool,
-    sigma: float,
-    crop_size: int,
-    repeat: int,
-    seed: int,
-) -> Data:
-    """Load folders of clean pictures; noise is drawn on the fly.
-
-    Args:
-        train_dirs: Folders (or files) to train on; None loads nothing to train on.
-        test_dirs: Folders (or files) to test on.
-        color: Three channels instead of one.
-        sigma: Standard deviation of the noise on the 0-255 scale.
-        crop_size: Side of training crops in pixels.
-        repeat: Crops of each image in an epoch.
-        seed: Seed of the test noise.
-    """
-    test = read_image_folders(test_dirs, color, "--test_dir")
-    train = read_image_folders(train_dirs, color, "--train_dir") if train_dirs else None
-    return _denoising_data("denoise", train, test, color, sigma, crop_size, repeat, seed)
-
-
-def build_photos(
-    *, color: bool, sigma: float, crop_size: int, repeat: int, seed: int, **_: Any
-) -> Data:
-    """Load photographs that ship with scikit-learn and matplotlib: two to train on, one to test.
-
-    Args:
-        color: Three channels instead of one.
-        sigma: Standard deviation of the noise on the 0-255 scale.
-        crop_size: Side of training crops in pixels.
-        repeat: Crops of each image in an epoch.
-        seed: Seed of the test noise.
-        **_: Folders, which this set does not read.
-    """
-    import matplotlib
-    import sklearn
-
-    pictures = Path(sklearn.__file__).parent / "datasets" / "images"
-    samples = Path(matplotlib.get_data_path()) / "sample_data"
-    train_files = [pictures / "china.jpg", samples / "grace_hopper.jpg"]
-    train = read_image_folders([str(f) for f in train_files if f.is_file()], color, "training")
-    test = read_image_folders([str(pictures / "flower.jpg")], color, "test")
-    data = _denoising_data("photos", train, test, color, sigma, crop_size, repeat, seed)
-    data.notes = [f"Photographs: trains on {', '.join(train[1])}; tests on {test[1][0]}."]
-    return data
-
-
-def _denoising_data(
-    name: str,
-    train: tuple[list[Tensor], list[str], list[str]] | None,
-    test: tuple[list[Tensor], list[str], list[str]],
-    color: bool,
-    sigma: float,
-    crop_size: int,
-    repeat: int,
-    seed: int,
-) -> Data:
-    channels = 3 if color else 1
-    return Data(
-        name=name,
-        task="denoising",
-        train=None if train is None else NoisyCrops(train[0], train[1], crop_size, sigma, repeat),
-        test=NoisyImages(test[0], test[1], sigma, seed),
-        sample_shape=(channels, crop_size, crop_size),
-        num_outputs=channels,
-        notes=[*(train[2] if train else []), *test[2]],
-    )
-
-
 # ---------------------------------------------------------------------------------------------
-# The table
-
-
-@dataclass(frozen=True)
-class DatasetEntry:
-    """A row of ``DATASETS``: the task and the function that builds the data."""
-
-    task: str
-    build: Callable[..., Data]
-
-
-_MNIST_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-DATASETS: dict[str, DatasetEntry] = {
-    name: DatasetEntry("classification", build)
-    for name, build in {
-        "cifar10": _torchvision_builder(
-            "cifar10", "CIFAR10", ["cifar-10-python.tar.gz"], flip=True
-        ),
-        "cifar100": _torchvision_builder(
-            "cifar100", "CIFAR100", ["cifar-100-python.tar.gz"], flip=True
-        ),
-        "imagenet": build_imagenet,
-        "mnist": _torchvision_builder(
-            "mnist", "MNIST", [f"MNIST/raw/{file}.gz" for file in _MNIST_FILES], flip=False
-        ),
-        "fashionmnist": _torchvision_builder(
-            "fashionmnist",
-            "FashionMNIST",
-            [f"FashionMNIST/raw/{file}.gz" for file in _MNIST_FILES],
-            flip=True,
-        ),
-        "digits": build_digits,
-        "imagefolder": build_imagefolder,
-        "npz": build_npz,
-    }.items()
-}
-DATASETS["denoise"] = DatasetEntry("denoising", build_denoise)
-DATASETS["photos"] = DatasetEntry("denoising", build_photos)
-
-
-# ---------------------------------------------------------------------------------------------
-# Features, pictures and text for models that compare samples as they are
+# Features
 
 
 class FeatureArray(Dataset):
@@ -873,196 +710,6 @@ def encode_data(
     return replace(data, train=train, val=val, test=test, sample_shape=shape)
 
 
-def build_image(*, image_path: str | None, **_: Any) -> Data:
-    """Load one picture as a function: (row, column), counted in pixels -> RGB in [0, 1].
-
-    Args:
-        image_path: The picture; None takes a photograph that ships with scikit-learn.
-        **_: Options of other datasets.
-    """
-    notes = []
-    if image_path is None:
-        import sklearn
-
-        image_path = str(Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg")
-        notes.append(f"Picture: {image_path} (--image_path chooses another).")
-    pixels, changed = read_image(image_path, color=True)
-    if changed:
-        notes.append(f"{image_path} is gray: it is learnt with three equal channels.")
-    _, height, width = pixels.shape
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    positions = torch.stack([rows, columns], dim=-1).float().reshape(-1, 2)
-    array = FeatureArray(positions, pixels.permute(1, 2, 0).reshape(-1, 3).float() / 255)
-    return Data(
-        name="image",
-        task="approximation",
-        train=array,
-        test=array,
-        sample_shape=(2,),
-        num_outputs=3,
-        notes=notes,
-        extra={"image": pixels.float() / 255, "positions": positions},
-    )
-
-
-class TextEncoder:
-    """Turn the last characters of a text into features. Characters are ASCII, 128 classes.
-
-    Args:
-        num_features: Characters that are looked at.
-        encoding: "ascii": their codes, 0 … 127 (published); "onehot": one column for each position
-            and character of the alphabet.
-        alphabet: Codes that have a column in "onehot", ascending; others are all zeros.
-        decay: "onehot" only: a character counts by this factor less than the one after it, so
-            that recent characters decide which contexts are alike.
-    """
-
-    num_classes = 128
-
-    def __init__(
-        self, num_features: int, encoding: str, alphabet: Sequence[int], decay: float = 1.0
-    ) -> None:
-        self.num_features, self.encoding = num_features, encoding
-        self.alphabet = list(alphabet)
-        self.columns = torch.full((self.num_classes,), len(self.alphabet))  # the last: unknown
-        self.columns[torch.tensor(self.alphabet, dtype=torch.int64)] = torch.arange(
-            len(self.alphabet)
-        )
-        self.weights = decay ** torch.arange(num_features - 1, -1, -1, dtype=torch.float32)
-
-    @property
-    def width(self) -> int:
-        """Number of features."""
-        factor = len(self.alphabet) if self.encoding == "onehot" else 1
-        return self.num_features * factor
-
-    def encode(self, codes: Tensor) -> Tensor:
-        """Encode windows of character codes: (B, num_features) -> (B, width) float32."""
-        if self.encoding == "ascii":
-            return codes.float()
-        one_hot = F.one_hot(self.columns[codes.long()], len(self.alphabet) + 1)[..., :-1]
-        return (one_hot * self.weights[:, None]).flatten(1)
-
-    @staticmethod
-    def codes(text: str) -> Tensor:
-        """Return the codes of a text's ASCII characters; others are left out."""
-        return torch.tensor(list(text.encode("ascii", "ignore")), dtype=torch.uint8)
-
-
-class TextWindows(Dataset):
-    """All places of a text: the characters before as features, and the next character's code.
-
-    Args:
-        codes: Character codes of the text, (N,) uint8.
-        encoder: How windows are encoded.
-    """
-
-    def __init__(self, codes: Tensor, encoder: TextEncoder) -> None:
-        self.encoder = encoder
-        self.windows = codes.unfold(0, encoder.num_features, 1)[:-1]
-        self.labels = codes[encoder.num_features :].long()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        x, y = self.__getitems__([index])
-        return x[0], y[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a whole batch: features (B, D) and codes (B,)."""
-        indices = torch.as_tensor(indices)
-        return self.encoder.encode(self.windows[indices]), self.labels[indices]
-
-
-def read_text(path: str, flag: str) -> str:
-    """Read a text file (UTF-8).
-
-    Args:
-        path: The file.
-        flag: The flag that named it, for messages.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
-
-
-def build_text(
-    *,
-    text_path: str | None,
-    test_text_path: str | None,
-    num_features: int,
-    encoding: str,
-    decay: float,
-    **_: Any,
-) -> Data:
-    """Load a text: the last characters -> the next one.
-
-    Args:
-        text_path: Training text; None takes the documentation that ships with Python.
-        test_text_path: Test text; None takes the last tenth of the training text away for it.
-        num_features: Characters that are looked at.
-        encoding: See :class:`TextEncoder`.
-        decay: See :class:`TextEncoder`.
-        **_: Options of other datasets.
-    """
-    notes = []
-    if text_path is None:
-        from pydoc_data.topics import topics
-
-        train = "".join(topics[name] for name in sorted(topics))
-        notes.append("Text: the documentation inside Python (--text_path chooses another).")
-    else:
-        train = read_text(text_path, "--text_path")
-    if test_text_path is None:
-        cut = len(train) - len(train) // 10
-        train, test = train[:cut], train[cut:]
-    else:
-        test = read_text(test_text_path, "--test_text_path")
-    codes = []
-    for text, flag in ((train, "--text_path"), (test, "--test_text_path")):
-        codes.append(TextEncoder.codes(text))
-        left_out = len(text) - len(codes[-1])
-        if left_out:
-            notes.append(
-                f"{flag}: {left_out:,} of {len(text):,} characters are not ASCII: left out."
-            )
-        if len(codes[-1]) <= num_features:
-            raise DataError(
-                f"{flag}: the text has {len(codes[-1])} characters, which is not enough to look at "
-                f"{num_features} and predict the next. Use a longer text or fewer --num_features."
-            )
-    encoder = TextEncoder(num_features, encoding, codes[0].unique().tolist(), decay)
-    return Data(
-        name="text",
-        task="language",
-        train=TextWindows(codes[0], encoder),
-        test=TextWindows(codes[1], encoder),
-        sample_shape=(encoder.width,),
-        num_outputs=encoder.num_classes,
-        notes=notes,
-        extra={"encoder": encoder},
-    )
-
-
-DATASETS["image"] = DatasetEntry("approximation", build_image)
-DATASETS["text"] = DatasetEntry("language", build_text)
-
-
-def load_data(name: str, **options: Any) -> Data:
-    """Build a dataset of ``DATASETS`` by name.
-
-    Args:
-        name: The dataset.
-        **options: What its builder takes.
-
-    Raises:
-        DataError: If files are missing, damaged or of the wrong form.
-    """
-    return DATASETS[name].build(**options)
-
-
 def limit(dataset: Dataset | None, count: int | None) -> Dataset | None:
     """Keep the first ``count`` samples; None keeps all."""
     if dataset is None or count is None or count >= len(dataset):
@@ -1080,7 +727,7 @@ def split_train(data: Data, fraction: float, seed: int) -> Data:
         fraction: The part to hold out, in (0, 1).
         seed: Seed of the choice.
     """
-    if isinstance(data.train, NoisyCrops):
+    if hasattr(data.train, "hold_out"):  # crops: whole images are held out
         train, val = data.train.hold_out(fraction, seed)
         return replace(data, train=train, val=val)
     n = len(data.train)

@@ -1,4 +1,4 @@
-"""Seeding, file writing, argument files, counts, image quality, pictures. No model code.
+"""What a run leaves and what it needs: folders, checkpoints, text files, seeds, counts, curves.
 
 Everything that a run leaves on disk goes through this file: text and checkpoints are written to a
 temporary name beside their target and renamed, so that an interrupted write never damages what was
@@ -11,37 +11,51 @@ import io
 import json
 import os
 import random
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 __all__ = [
     "CsvLog",
+    "Measured",
+    "Pass",
+    "Progress",
+    "RunFolder",
     "atomic_path",
+    "autocast",
     "compute_flops",
     "count_parameters",
     "describe_model",
+    "distributed",
     "format_args",
     "get_random_state",
+    "load_checkpoint",
+    "load_pretrained",
+    "load_weights",
+    "memory_size",
     "parse_args_text",
-    "plot_confusion",
     "plot_growth",
     "plot_learning_curves",
-    "plot_neighbors",
-    "psnr",
     "read_tensor_file",
+    "read_weights",
+    "rehearse",
     "save_checkpoint",
     "save_panels",
     "seed_everything",
     "set_random_state",
-    "ssim",
+    "world_size",
     "write_text",
 ]
 
@@ -78,6 +92,48 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+
+
+def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
+    """Mixed precision: float16 on GPUs, bfloat16 on the CPU."""
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def distributed(wanted: bool) -> Iterator[bool]:
+    """Join the processes that torchrun started; yield whether this one writes files.
+
+    Args:
+        wanted: Whether the work can be shared; otherwise nothing is joined.
+    """
+    joins = wanted and world_size() > 1 and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("gloo")
+    try:
+        yield not dist.is_initialized() or dist.get_rank() == 0
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def memory_size(device: torch.device) -> int | None:
+    """Return the memory of a device in bytes, free or not; None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,6 +245,244 @@ class CsvLog:
 
 
 # ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Load a checkpoint to the CPU, tensors and plain types only.
+
+    Raises:
+        ValueError: If the file is missing, damaged or no checkpoint.
+    """
+    checkpoint = read_tensor_file(path)
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint or "args" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of this program (it lacks 'model' and 'args').")
+    return checkpoint
+
+
+def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the weights of a published checkpoint, of one of this program, or a plain state dict.
+
+    Nothing but tensors and plain types is unpickled.
+
+    Args:
+        path: The file (`051_ckpt.t7`, `best.pt`, …).
+
+    Returns:
+        The weights by name, and the arguments of the run where the file holds them.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or holds no weights.
+    """
+    content = read_tensor_file(path)
+    weights: Any = content
+    arguments: dict[str, Any] = {}
+    if isinstance(content, Mapping):
+        arguments = dict(content.get("args") or {}) if "model" in content else {}
+        for name in ("net", "model", "state_dict"):
+            if isinstance(content.get(name), Mapping):
+                weights = content[name]
+                break
+    if (
+        not isinstance(weights, Mapping)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
+        raise ValueError(
+            f"{path} holds no weights: expected tensors by name, or such a table under "
+            "'net' (published files) or 'model' (this program)."
+        )
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights, arguments
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Load a checkpoint's weights; a mismatch becomes a ValueError that lists the names."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit the model: {error}") from error
+
+
+def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Load weights by name; every one must arrive.
+
+    Weights that published files hold and no forward pass applies (`model.dead_weights`, a regular
+    expression) are left out, and counters of batches that older files lack stay at zero.
+
+    Args:
+        model: The network.
+        weights: By name, as :func:`read_weights` gives them.
+
+    Returns:
+        Names that were left out.
+
+    Raises:
+        ValueError: If names are missing or unknown or shapes differ; lists all of them.
+    """
+    own = model.state_dict()
+    pattern = getattr(model, "dead_weights", None)
+    dead = [n for n in weights if pattern and re.fullmatch(pattern, n) and n not in own]
+    found = {name: value for name, value in weights.items() if name not in dead}
+    counter = "num_batches_tracked"
+    problems = [
+        f"missing: {name} {tuple(value.shape)}"
+        for name, value in own.items()
+        if name not in found and not name.endswith(counter)
+    ]
+    problems += [
+        f"unknown: {name} {tuple(value.shape)}" for name, value in found.items() if name not in own
+    ]
+    problems += [
+        f"other shape: {name} is {tuple(value.shape)} there and {tuple(own[name].shape)} here"
+        for name, value in found.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights do not fit this {type(model).__name__}; {len(problems)} names differ:\n  "
+            + "\n  ".join(problems)
+        )
+    model.load_state_dict(found, strict=False)
+    return dead
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; part of every checkpoint."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_value: float = float("-inf")
+    history: list[dict[str, float]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    times: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Pass:
+    """What the training part of an epoch did.
+
+    Attributes:
+        epoch: Its number.
+        metrics: Training metrics, averaged over samples.
+        samples: How many samples were learnt from.
+        start: When it began, by `time.perf_counter`.
+        seconds: How long it took.
+    """
+
+    epoch: int
+    metrics: dict[str, float]
+    samples: int
+    start: float
+    seconds: float
+
+
+@dataclass
+class Measured:
+    """What the evaluation of an epoch found.
+
+    Attributes:
+        metrics: The metrics that decide on the best epoch.
+        rows: Rows of metrics.csv.
+        lines: Lines of the results file.
+        times: Rows of timing.csv.
+    """
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    lines: list[str]
+    times: list[dict[str, Any]]
+
+
+class RunFolder:
+    """The files of one run: args.txt, model.txt, results, tables, checkpoints, pictures.
+
+    Args:
+        path: The folder; created by :meth:`start`.
+        writes: Whether this process writes; of several processes only the first one does.
+    """
+
+    RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
+    LAST, BEST, TEST, CURVES = "last.pt", "best.pt", "test_results.txt", "curves.png"
+    SUMMARY = "summary.json"
+
+    def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
+
+    def holds_run(self) -> bool:
+        """Say whether an earlier run left results here."""
+        names = (self.LAST, self.BEST, self.METRICS, self.TEST)
+        return any((self.path / name).exists() for name in names)
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file that is about to be written; its folder is made."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def start(self, args_text: str, model_text: str, progress: Progress) -> None:
+        """Write args.txt and model.txt, and the logs as far as they are known."""
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "args.txt", args_text)
+        write_text(self.path / "model.txt", model_text)
+        if not progress.history:
+            for name in (self.LAST, self.BEST, self.TEST, self.CURVES, self.SUMMARY):
+                (self.path / name).unlink(missing_ok=True)
+        write_text(self.path / self.RESULTS, "".join(f"{line}\n" for line in progress.lines))
+        self.metrics = CsvLog(self.path / self.METRICS, progress.history)
+        self.timing = CsvLog(self.path / self.TIMING, progress.times)
+
+    def write_line(self, line: str) -> None:
+        """Append a line to the results file and show it."""
+        if not self.writes:
+            return
+        tqdm.write(line)
+        with open(self.path / self.RESULTS, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+    def save(self, checkpoint: Mapping[str, Any], *, best: bool) -> None:
+        """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far."""
+        if not self.writes:
+            return
+        save_checkpoint(self.path / self.LAST, checkpoint)
+        if best:
+            with atomic_path(self.path / self.BEST) as temporary:
+                temporary.unlink()
+                try:
+                    os.link(self.path / self.LAST, temporary)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(self.path / self.LAST, temporary)
+
+    def log(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        lines: Sequence[str],
+        times: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write what was measured: rows of the table, lines of the results, times."""
+        if not self.writes:
+            return
+        for line in lines:
+            self.write_line(line)
+        for row in rows:
+            self.metrics.append(row)
+        for row in times:
+            self.timing.append(row)
+
+    def summarize(self, **facts: Any) -> None:
+        """Write ``summary.json``: what scripts need to know of a run without guessing."""
+        if self.writes:
+            write_text(self.file(self.SUMMARY), json.dumps(facts, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
 # What a network is
 
 
@@ -204,9 +498,94 @@ def compute_flops(model: nn.Module, inputs: Tensor) -> int:
     Counts matrix products and convolutions, the similarity products of the search included;
     selection (top-K) and gathering do no arithmetic and count as zero.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(inputs)
     return counter.get_total_flops()
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Answer the usual functions of networks by the shape of their result, on the meta device.
+
+    PyTorch's own meta kernels would do, but loading them takes as long as importing torch. What is
+    not in the table is left to them.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        kwargs = kwargs or {}
+        rule = _SHAPE_RULES.get(getattr(function, "__name__", ""))
+        if rule is None or not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return function(*args, **kwargs)
+        shape = rule(*args, **kwargs)
+        return torch.empty(shape, device="meta", dtype=args[0].dtype)
+
+
+def _same(x: Tensor, *_: Any, **__: Any) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _broadcast(x: Tensor, y: Any, **_: Any) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(x.shape, y.shape if isinstance(y, Tensor) else ()))
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    *_: Any,
+    **__: Any,
+) -> tuple[int, ...]:
+    pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding)]
+    sides = [
+        (side + 2 * pad - kernel) // step + 1
+        for side, kernel, step, pad in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sides)
+
+
+def _max_pool2d(x: Tensor, kernel_size: int, stride: int | None = None, *_: Any, **__: Any):
+    stride = stride or kernel_size
+    return (*x.shape[:2], *((side - kernel_size) // stride + 1 for side in x.shape[2:]))
+
+
+def _adaptive_pool(x: Tensor, output_size: Any) -> tuple[int, ...]:
+    pair = (output_size, output_size) if isinstance(output_size, int) else output_size
+    return (*x.shape[:2], *pair)
+
+
+_SHAPE_RULES: dict[str, Callable[..., tuple[int, ...]]] = {
+    "relu": _same,
+    "batch_norm": _same,
+    "add": _broadcast,
+    "__add__": _broadcast,
+    "conv2d": _conv2d,
+    "linear": lambda x, weight, bias=None: (*x.shape[:-1], weight.shape[0]),
+    "max_pool2d": _max_pool2d,
+    "boolean_dispatch": _max_pool2d,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "pixel_shuffle": lambda x, r: (x.shape[0], x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r),
+    "pixel_unshuffle": lambda x, r: (
+        *(x.shape[0], x.shape[1] * r**2),
+        *(x.shape[2] // r, x.shape[3] // r),
+    ),
+}
+
+
+def rehearse(model: nn.Module, shape: Sequence[int]) -> None:
+    """Run a network on the meta device, by shapes alone: what cannot work fails here, for free.
+
+    Args:
+        model: The network, built under ``torch.device("meta")``.
+        shape: Shape of one sample.
+
+    Raises:
+        ValueError: What the layers say of shapes that cannot work.
+    """
+    with torch.no_grad(), _ShapesOnly():
+        model.eval()(torch.empty(1, *shape, device="meta"))
 
 
 def describe_model(model: nn.Module, inputs: Tensor) -> str:
@@ -239,10 +618,6 @@ def describe_model(model: nn.Module, inputs: Tensor) -> str:
         f"FLOPs of one forward pass on {tuple(inputs.shape)}: {flops:,} "
         "(a multiply-add counts as two)\n"
     )
-
-
-# ---------------------------------------------------------------------------------------------
-# Image quality
 
 
 def psnr(images: Tensor, clean: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Layers over nearest neighbors, and the ordinary convolutions beside them.
 
 `LAYERS` maps the names users give to callables `layer(in_channels=, out_channels=, stride=1)`,
-which further keyword arguments configure (by `functools.partial`).
+which the fields of their `Options` configure as further keywords (by `functools.partial`). A new
+layer is a file and a row.
 """
 
 from collections.abc import Callable

@@ -4,15 +4,17 @@ Reference: Kang & Farias, Attention via Convolutional Nearest Neighbors,
 https://arxiv.org/abs/2511.14137. Symbols as in `layers.convnn`.
 """
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.neighbor_layer import NeighborLayer, with_coordinates
-from layers.options import check_fraction
+from layers.neighbor_layer import NeighborLayer, NeighborOptions, with_coordinates
 from ops.maps.attend import attend_neighbors
 from ops.maps.search import nearest_neighbors
+from options import option
 
-__all__ = ["Conv1d_NN_Attn", "Conv2d_NN_Attn"]
+__all__ = ["AttentionOptions", "Conv1d_NN_Attn", "Conv2d_NN_Attn"]
 
 # Score of a position with itself, before the softmax: above every cosine, and above minus every
 # squared distance.
@@ -24,8 +26,22 @@ def _project(x: Tensor, conv: nn.Conv1d) -> Tensor:
     return F.linear(x, conv.weight[:, :, 0], conv.bias)
 
 
+@dataclass(frozen=True)
+class AttentionOptions(NeighborOptions):
+    """Attention over neighbors."""
+
+    attention_dropout: float = option(
+        0.1,
+        "dropout on attention weights (ConvNN_Attn, Branching_Attn), in [0, 1]",
+        least=0,
+        most=1,
+    )
+
+
 class _ConvNNAttention(NeighborLayer):
     """Attention over nearest neighbors, for any number of axes."""
+
+    Options = AttentionOptions
 
     def __init__(
         self,
@@ -43,11 +59,8 @@ class _ConvNNAttention(NeighborLayer):
         aggregation_type: str = "Col",
         attention_dropout: float = 0.1,
     ):
-        super().__init__(
-            in_channels,
-            out_channels,
+        options = AttentionOptions(
             K=K,
-            stride=stride,
             padding=padding,
             sampling_type=sampling_type,
             num_samples=num_samples,
@@ -56,11 +69,9 @@ class _ConvNNAttention(NeighborLayer):
             shuffle_scale=shuffle_scale,
             magnitude_type=magnitude_type,
             aggregation_type=aggregation_type,
+            attention_dropout=attention_dropout,
         )
-        check_fraction(
-            "attention_dropout", attention_dropout, "the share of attention weights dropped"
-        )
-        self.attention_dropout = attention_dropout
+        super().__init__(in_channels, out_channels, stride, options)
         c, o = self.in_channels_1d, self.out_channels_1d
         self.w_q = nn.Conv1d(c, c, kernel_size=1, bias=False)
         self.w_k = nn.Conv1d(c, c, kernel_size=1, bias=False)
@@ -111,10 +122,6 @@ class _ConvNNAttention(NeighborLayer):
             self_index=own,
             candidates=self.candidates(key_shape, q.device),
         )[1]
-
-    def extra_repr(self) -> str:
-        """Show the options that matter."""
-        return f"{super().extra_repr()}, attention_dropout={self.attention_dropout}"
 
 
 class Conv2d_NN_Attn(_ConvNNAttention):

@@ -4,16 +4,44 @@ Reference: Kang & Farias, Attention via Convolutional Nearest Neighbors,
 https://arxiv.org/abs/2511.14137. Symbols as in `layers.convnn`.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from layers.attention import Conv1d_NN_Attn, Conv2d_NN_Attn
-from layers.conv import same_conv
-from layers.convnn import Conv1d_NN, Conv2d_NN
+from layers.attention import AttentionOptions, Conv1d_NN_Attn, Conv2d_NN_Attn
+from layers.conv import ConvOptions, same_conv
+from layers.convnn import Conv1d_NN, Conv2d_NN, ConvNNOptions
 from layers.neighbor_layer import NeighborLayer
-from layers.options import check_at_least, check_fraction, check_kernel_size
+from options import check_at_least, option
 
 __all__ = ["Conv1d_Attn_Branching", "Conv1d_Branching", "Conv2d_Attn_Branching", "Conv2d_Branching"]
+
+
+@dataclass(frozen=True)
+class BranchOptions(ConvOptions):
+    """How the output channels are shared."""
+
+    branch_ratio: float = option(
+        0.5,
+        "part of the output channels made by the neighbor branch (Branching layers), in [0, 1]",
+        least=0,
+        most=1,
+    )
+
+
+@dataclass(frozen=True)
+class BranchingOptions(BranchOptions, ConvNNOptions):
+    """A ConvNN branch beside a convolution."""
+
+    title = ConvNNOptions.title
+
+
+@dataclass(frozen=True)
+class AttentionBranchingOptions(BranchOptions, AttentionOptions):
+    """An attention branch beside a convolution."""
+
+    title = AttentionOptions.title
 
 
 class _Branching(nn.Module):
@@ -31,11 +59,8 @@ class _Branching(nn.Module):
         **options,
     ):
         super().__init__()
-        check_fraction(
-            "branch_ratio", branch_ratio, "the share of output channels the neighbor branch makes"
-        )
-        check_kernel_size(kernel_size)
-        check_at_least("out_channels", out_channels, 1, "the number of output channels")
+        BranchOptions(kernel_size=kernel_size, branch_ratio=branch_ratio)
+        check_at_least("out_channels", out_channels, 1, "number of output channels")
         ndim = self.neighbor_layer.ndim
         self.branch_ratio = branch_ratio
         channels1 = int(out_channels * branch_ratio)
@@ -68,6 +93,8 @@ class _Branching(nn.Module):
 
 class _ConvNNBranching(_Branching):
     """A ConvNN branch beside a convolution, for any number of axes."""
+
+    Options = BranchingOptions
 
     def __init__(
         self,
@@ -110,6 +137,8 @@ class _ConvNNBranching(_Branching):
 
 class _AttentionBranching(_Branching):
     """An attention branch beside a convolution, for any number of axes."""
+
+    Options = AttentionBranchingOptions
 
     def __init__(
         self,

@@ -1,20 +1,43 @@
 """Ordinary convolutions that keep the size of the map, with optional shuffle and coordinates."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from layers.coordinates import add_coordinates
-from layers.options import (
-    AGGREGATION_TYPES,
-    check_at_least,
-    check_choice,
-    check_kernel_size,
-    check_shuffle,
-)
-from layers.pixel_shuffle import pixel_shuffle, pixel_unshuffle
+from layers.coordinates import AggregationOptions, add_coordinates
+from layers.pixel_shuffle import ShuffleOptions, pixel_shuffle, pixel_unshuffle
+from options import Options, check_at_least, option
 
-__all__ = ["Conv1d_New", "Conv2d_New", "same_conv"]
+__all__ = ["Conv1d_New", "Conv2d_New", "ConvNewOptions", "ConvOptions", "same_conv"]
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
+@dataclass(frozen=True)
+class ConvOptions(Options):
+    """A convolution that keeps the size of the map."""
+
+    title = "Convolutions"
+    kernel_size: int = option(
+        3,
+        "side of the window of Conv2d, Conv2d_New and the convolution branch; odd",
+        least=1,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse kernels that cannot keep the size of the map with equal padding on both sides."""
+        super().__post_init__()
+        if self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be odd and at least 1 (got {self.kernel_size}): the convolution "
+                "keeps the size of the map, which takes the same padding on both sides. "
+                f"Try kernel_size {self.kernel_size + 1}."
+            )
+
+
+@dataclass(frozen=True)
+class ConvNewOptions(AggregationOptions, ShuffleOptions, ConvOptions):
+    """A convolution with shuffle and coordinate channels."""
 
 
 def same_conv(
@@ -32,17 +55,21 @@ def same_conv(
     Raises:
         ValueError: if the kernel is even or empty, or the stride below 1.
     """
-    check_kernel_size(kernel_size)
+    ConvOptions(kernel_size=kernel_size)
     check_at_least("stride", stride, 1, "the step between output positions")
     return _CONVS[ndim](
         in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2
     )
 
 
+same_conv.Options = ConvOptions
+
+
 class _ConvNew(nn.Module):
     """The convolution with shuffle and coordinates, for any number of axes."""
 
     ndim: int
+    Options = ConvNewOptions
 
     def __init__(
         self,
@@ -56,11 +83,13 @@ class _ConvNew(nn.Module):
         aggregation_type: str = "Col",
     ):
         super().__init__()
-        check_shuffle(shuffle_pattern, shuffle_scale)
-        check_choice("aggregation_type", aggregation_type, AGGREGATION_TYPES)
-        self.scale_in = shuffle_scale if shuffle_pattern in ("B", "BA") else 1
-        self.scale_out = shuffle_scale if shuffle_pattern in ("A", "BA") else 1
-        self.shuffle_pattern = shuffle_pattern
+        self.options = ConvNewOptions(
+            kernel_size=kernel_size if padding is None else 1,  # any size, where padding is given
+            shuffle_pattern=shuffle_pattern,
+            shuffle_scale=shuffle_scale,
+            aggregation_type=aggregation_type,
+        )
+        self.scale_in, self.scale_out = self.options.scales
         self.aggregation_type = aggregation_type
         coords = self.ndim if aggregation_type == "Loc_Col" else 0
         c = in_channels * self.scale_in**self.ndim + coords
@@ -81,9 +110,7 @@ class _ConvNew(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options that matter."""
-        scale = max(self.scale_in, self.scale_out)
-        shuffle = f"shuffle={self.shuffle_pattern} by {scale}, " if scale > 1 else ""
-        return f"{shuffle}aggregation_type={self.aggregation_type}"
+        return self.options.describe(leave_out=("kernel_size",))  # the convolution says it
 
 
 class Conv2d_New(_ConvNew):

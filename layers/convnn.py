@@ -5,24 +5,44 @@ https://arxiv.org/abs/2511.14137. Symbols: B batch, C channels, C' channels aggr
 of the padded map (keys), M queries, K neighbors, O output channels, r shuffle scale, s stride.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from layers.neighbor_layer import NeighborLayer, with_coordinates
-from layers.options import (
-    SIMILARITY_TYPES,
-    check_choice,
-    check_fraction,
-)
+from layers.neighbor_layer import NeighborLayer, NeighborOptions, with_coordinates
 from ops.maps.aggregate import aggregate_neighbors
 from ops.maps.locations import location_neighbors
 from ops.maps.search import nearest_neighbors
+from options import option
 
-__all__ = ["Conv1d_NN", "Conv2d_NN"]
+__all__ = ["Conv1d_NN", "Conv2d_NN", "ConvNNOptions"]
+
+SIMILARITY_TYPES = ("Loc", "Col", "Loc_Col")
+
+
+@dataclass(frozen=True)
+class ConvNNOptions(NeighborOptions):
+    """What is compared."""
+
+    similarity_type: str = option(
+        "Col",
+        "what is compared: coordinates, features, or both (ConvNN, Branching)",
+        choices=SIMILARITY_TYPES,
+    )
+    lambda_param: float = option(
+        0.5,
+        "weight of features against coordinates in --similarity_type Loc_Col, in [0, 1]",
+        least=0,
+        most=1,
+        when={"similarity_type": ("Loc_Col",)},
+    )
 
 
 class _ConvNN(NeighborLayer):
     """The convolution over nearest neighbors, for any number of axes."""
+
+    Options = ConvNNOptions
 
     def __init__(
         self,
@@ -41,11 +61,8 @@ class _ConvNN(NeighborLayer):
         aggregation_type: str = "Col",
         lambda_param: float = 0.5,
     ):
-        super().__init__(
-            in_channels,
-            out_channels,
+        options = ConvNNOptions(
             K=K,
-            stride=stride,
             padding=padding,
             sampling_type=sampling_type,
             num_samples=num_samples,
@@ -53,14 +70,11 @@ class _ConvNN(NeighborLayer):
             shuffle_pattern=shuffle_pattern,
             shuffle_scale=shuffle_scale,
             magnitude_type=magnitude_type,
+            similarity_type=similarity_type,
             aggregation_type=aggregation_type,
+            lambda_param=lambda_param,
         )
-        check_choice("similarity_type", similarity_type, SIMILARITY_TYPES)
-        check_fraction(
-            "lambda_param", lambda_param, "the weight of the features against the coordinates"
-        )
-        self.similarity_type = similarity_type
-        self.lambda_param = lambda_param
+        super().__init__(in_channels, out_channels, stride, options)
         # Holds the weights (O, C', K); the layer never lays out what this convolution would read.
         self.conv1d_layer = nn.Conv1d(
             self.in_channels_1d, self.out_channels_1d, kernel_size=K, stride=K
@@ -103,11 +117,6 @@ class _ConvNN(NeighborLayer):
             self_index=own,
             candidates=candidates,
         )[1]
-
-    def extra_repr(self) -> str:
-        """Show the options that matter."""
-        lam = f", lambda_param={self.lambda_param}" if self.similarity_type == "Loc_Col" else ""
-        return f"{super().extra_repr()}, similarity_type={self.similarity_type}{lam}"
 
 
 def _mix_coordinates(keys: Tensor, key_shape: tuple[int, ...], lam: float) -> Tensor:

@@ -1,11 +1,28 @@
 """Coordinate channels: where a position lies, as numbers a layer can compare and weigh."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_coordinates", "coordinate_channels"]
+from options import Options, option
+
+__all__ = ["AggregationOptions", "add_coordinates", "coordinate_channels"]
+
+
+AGGREGATION_TYPES = ("Col", "Loc_Col")
+
+
+@dataclass(frozen=True)
+class AggregationOptions(Options):
+    """What is combined."""
+
+    aggregation_type: str = option(
+        "Col",
+        "what is combined: features, or features and coordinates",
+        choices=AGGREGATION_TYPES,
+    )
 
 
 def coordinate_channels(

@@ -5,17 +5,46 @@ channels, r shuffle scale, s stride.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.coordinates import coordinate_channels
-from layers.options import check_neighbor_options
-from layers.pixel_shuffle import pixel_shuffle, pixel_unshuffle
-from layers.sampling import count_candidates, query_index, random_index, spatial_index
+from layers.coordinates import AggregationOptions, coordinate_channels
+from layers.pixel_shuffle import ShuffleOptions, pixel_shuffle, pixel_unshuffle
+from layers.sampling import (
+    SamplingOptions,
+    count_candidates,
+    count_queries,
+    query_index,
+    random_index,
+    spatial_index,
+)
+from options import Options, check_at_least, option
 
-__all__ = ["NeighborLayer", "with_coordinates"]
+__all__ = ["NeighborLayer", "NeighborOptions", "with_coordinates"]
+
+MAGNITUDE_TYPES = ("cosine", "euclidean")
+
+
+@dataclass(frozen=True)
+class _Taps(Options):
+    K: int = option(9, "number of neighbors, the position itself included", least=1)
+    padding: int = option(
+        1,
+        "width of the border of zeros whose positions are candidates too (neighbor layers); "
+        "convolutions always keep the size of the map",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class NeighborOptions(AggregationOptions, ShuffleOptions, SamplingOptions, _Taps):
+    """How neighbors are found and combined."""
+
+    title = "Neighbor layers (ConvNN, ConvNN_Attn, Branching, ...)"
+    magnitude_type: str = option("cosine", "similarity of two positions", choices=MAGNITUDE_TYPES)
 
 
 class NeighborLayer(nn.Module):
@@ -29,53 +58,21 @@ class NeighborLayer(nn.Module):
 
     ndim: int
 
+    Options = NeighborOptions
+
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        K: int,
-        stride: int,
-        padding: int,
-        sampling_type: str,
-        num_samples: int,
-        sample_padding: int,
-        shuffle_pattern: str,
-        shuffle_scale: int,
-        magnitude_type: str,
-        aggregation_type: str,
-    ):
+        self, in_channels: int, out_channels: int, stride: int, options: NeighborOptions
+    ) -> None:
         super().__init__()
-        check_neighbor_options(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            K=K,
-            stride=stride,
-            padding=padding,
-            sampling_type=sampling_type,
-            num_samples=num_samples,
-            sample_padding=sample_padding,
-            shuffle_pattern=shuffle_pattern,
-            shuffle_scale=shuffle_scale,
-            magnitude_type=magnitude_type,
-            aggregation_type=aggregation_type,
-        )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.K = K
-        self.stride = stride
-        self.padding = padding
-        self.sampling_type = sampling_type
-        self.num_samples = num_samples
-        self.sample_padding = sample_padding
-        self.shuffle_pattern = shuffle_pattern
-        self.shuffle_scale = shuffle_scale
-        self.magnitude_type = magnitude_type
-        self.aggregation_type = aggregation_type
-        # Scales before and after the layer; 1 does nothing.
-        self.scale_in = shuffle_scale if shuffle_pattern in ("B", "BA") else 1
-        self.scale_out = shuffle_scale if shuffle_pattern in ("A", "BA") else 1
-        coords = self.ndim if aggregation_type == "Loc_Col" else 0
+        check_at_least("in_channels", in_channels, 1, "number of input channels")
+        check_at_least("out_channels", out_channels, 1, "number of output channels")
+        check_at_least("stride", stride, 1, "step between output positions")
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+        self.options = options
+        for each in options.declared():  # K, padding, …
+            setattr(self, each.name, getattr(options, each.name))
+        self.scale_in, self.scale_out = options.scales
+        coords = self.ndim if self.aggregation_type == "Loc_Col" else 0
         self.in_channels_1d = in_channels * self.scale_in**self.ndim + coords
         self.out_channels_1d = out_channels * self.scale_out**self.ndim
 
@@ -131,14 +128,14 @@ class NeighborLayer(nn.Module):
 
     def shape_only(self, keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:
         """Return an output without content: on the meta device a layer only checks shapes."""
-        queries = len(self.self_index(key_shape, keys.device))
+        queries = math.prod(count_queries(key_shape, self.padding, self.stride))
         return self.unflatten(
             keys.new_empty(keys.shape[0], queries, self.out_channels_1d), key_shape
         )
 
     def unflatten(self, y: Tensor, key_shape: tuple[int, ...]) -> Tensor:
         """Put rows back on the map and shuffle: (B, M, O·r^ndim) -> (B, O, ...)."""
-        sides = [-(-(side - 2 * self.padding) // self.stride) for side in key_shape]
+        sides = count_queries(key_shape, self.padding, self.stride)
         y = y.transpose(1, 2).unflatten(2, sides)
         return pixel_shuffle(y, self.scale_out) if self.scale_out > 1 else y
 
@@ -151,19 +148,10 @@ class NeighborLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options that matter."""
-        shown = [
-            f"{self.in_channels}, {self.out_channels}, K={self.K}, stride={self.stride}",
-            f"padding={self.padding}, sampling_type={self.sampling_type}",
-        ]
-        if self.sampling_type != "all":
-            shown.append(f"num_samples={self.num_samples}")
-        if self.sampling_type == "spatial":
-            shown.append(f"sample_padding={self.sample_padding}")
-        if self.shuffle_pattern != "NA":
-            shown.append(f"shuffle={self.shuffle_pattern} by {self.shuffle_scale}")
-        shown.append(f"magnitude_type={self.magnitude_type}")
-        shown.append(f"aggregation_type={self.aggregation_type}")
-        return ", ".join(shown)
+        return (
+            f"{self.in_channels}, {self.out_channels}, stride={self.stride}, "
+            f"{self.options.describe()}"
+        )
 
 
 def with_coordinates(keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:

@@ -5,10 +5,53 @@ Sub-Pixel Convolutional Neural Network, CVPR 2016, https://arxiv.org/abs/1609.05
 Symbols: B batch, C channels, L length, r scale.
 """
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PixelShuffle1D", "PixelUnshuffle1D", "pixel_shuffle", "pixel_unshuffle"]
+from options import Options, option
+
+__all__ = [
+    "PixelShuffle1D",
+    "PixelUnshuffle1D",
+    "ShuffleOptions",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+]
+
+
+SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
+_SHUFFLED = {"shuffle_pattern": ("B", "A", "BA")}
+
+
+@dataclass(frozen=True)
+class ShuffleOptions(Options):
+    """Pixel shuffle around a layer."""
+
+    shuffle_pattern: str = option(
+        "NA",
+        "pixel-unshuffle before (B) and pixel-shuffle after (A) the layer, or neither (NA)",
+        choices=SHUFFLE_PATTERNS,
+        when=_SHUFFLED,
+    )
+    shuffle_scale: int = option(0, "factor of the shuffle; 0 is off", least=0, when=_SHUFFLED)
+
+    def __post_init__(self) -> None:
+        """Refuse a shuffle without a scale."""
+        super().__post_init__()
+        if self.shuffle_pattern != "NA" and self.shuffle_scale < 1:
+            raise ValueError(
+                f"shuffle_pattern {self.shuffle_pattern} needs shuffle_scale >= 1 (got "
+                f"{self.shuffle_scale}): it is the factor by which the map shrinks. Try "
+                "shuffle_scale 2, or shuffle_pattern NA."
+            )
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        """Scales before and after the layer; 1 does nothing."""
+        before = self.shuffle_scale if self.shuffle_pattern in ("B", "BA") else 1
+        return before, self.shuffle_scale if self.shuffle_pattern in ("A", "BA") else 1
 
 
 def _check_scale(scale: int, name: str) -> None:

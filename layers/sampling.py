@@ -6,15 +6,71 @@ N' candidates, p padding, s stride.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["count_candidates", "query_index", "random_index", "spatial_index"]
+from options import Options, option
+
+__all__ = [
+    "SamplingOptions",
+    "count_candidates",
+    "count_queries",
+    "query_index",
+    "random_index",
+    "spatial_index",
+]
 
 # Constants of the fixed order: x -> x^5 permutes the integers modulo this prime.
 _PRIME = 2**31 - 1
 _SHIFT = 20251117
+
+
+SAMPLING_TYPES = ("all", "random", "spatial")
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Options):
+    """Which positions are candidates."""
+
+    sampling_type: str = option(
+        "all",
+        "which positions are candidates: all, --num_samples drawn at random in every forward "
+        "pass, or a regular grid of --num_samples x --num_samples",
+        choices=SAMPLING_TYPES,
+    )
+    num_samples: int = option(
+        -1,
+        "candidates of random sampling, or side of the grid of spatial sampling; "
+        "-1 with --sampling_type all",
+        when={"sampling_type": ("random", "spatial")},
+    )
+    sample_padding: int = option(
+        0,
+        "distance of the spatial grid from the border, in positions",
+        least=0,
+        when={"sampling_type": ("spatial",)},
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a number of samples that does not belong to the way of sampling."""
+        super().__post_init__()
+        if self.sampling_type == "all" and self.num_samples != -1:
+            raise ValueError(
+                f"sampling_type all needs num_samples -1 (got {self.num_samples}): every position "
+                "is a candidate, there is nothing to count. Leave num_samples out, or try "
+                "sampling_type random or spatial."
+            )
+        if self.sampling_type != "all" and self.num_samples < 1:
+            what, try_this = {
+                "random": ("the number of candidates drawn", 64),
+                "spatial": ("the side of the sampling grid", 8),
+            }[self.sampling_type]
+            raise ValueError(
+                f"sampling_type {self.sampling_type} needs num_samples >= 1 (got "
+                f"{self.num_samples}): it is {what}. Try num_samples {try_this}."
+            )
 
 
 def _grid_index(axes: Sequence[Tensor], key_shape: Sequence[int]) -> Tensor:
@@ -23,6 +79,11 @@ def _grid_index(axes: Sequence[Tensor], key_shape: Sequence[int]) -> Tensor:
     for axis, side in zip(axes[1:], key_shape[1:], strict=True):
         index = (index[:, None] * side + axis).flatten()
     return index
+
+
+def count_queries(key_shape: Sequence[int], padding: int, stride: int) -> list[int]:
+    """Count the queries along each axis: ceil(side / s)."""
+    return [-(-(side - 2 * padding) // stride) for side in key_shape]
 
 
 def query_index(

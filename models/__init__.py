@@ -8,7 +8,15 @@
 - `training`: "gradient"; "growth" (no gradients; sees pixels in [0, 1] instead of normalised) or
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
-- `min_input_size`: the smallest side of an image it accepts.
+- `min_input_size`: the smallest side of an image it accepts;
+- `Options`: its options, which its constructor takes as keywords;
+- `defaults`, `task_defaults` (if there are any): defaults of options of others that differ for it,
+  everywhere and by task;
+- `own_layer` (if there is one): the layer, and its options, that ``layer=None`` stands for.
+
+Beside its options a constructor takes, by their names, what it must know of data and run:
+`in_channels`, `num_classes`, `num_inputs`, `num_outputs`, `tolerance`, `batch_size`, `num_passes`,
+`num_steps`, and `layer`. A new model is a file and a row.
 """
 
 from collections.abc import Callable
@@ -19,12 +27,13 @@ from torch import nn
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
-from models.n3net import N3Net
+from models.n3net import PRESETS, N3Net
 from models.resnet import ResBlock, ResNet
 from models.vgg import VGG
 
 __all__ = [
     "MODELS",
+    "PRESETS",
     "VGG",
     "DnCNN",
     "DynamicNetwork",

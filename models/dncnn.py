@@ -6,13 +6,43 @@ IEEE TIP 2017, https://arxiv.org/abs/1608.03981.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from layers.cnn import channels_last, init_batch_norm
+from options import Options, option
 
-__all__ = ["DnCNN"]
+__all__ = ["DnCNN", "DnCNNOptions", "momentum_for"]
+
+# What `layer=None` stands for: no bias before a batch norm, as published.
+OWN_LAYER = ("Conv2d", {"kernel_size": 3})
+
+
+@dataclass(frozen=True)
+class DnCNNOptions(Options):
+    """One denoising CNN."""
+
+    title = "Denoising networks (dncnn, n3net)"
+    depth: int = option(17, "convolutions of (each) DnCNN", least=2)
+    features: int = option(64, "channels inside a DnCNN", least=1)
+    batch_norm: bool = option(True, "batch norm in the DnCNNs")
+    residual: bool = option(True, "add the input of a DnCNN to its output")
+    bn_momentum: float = option(
+        None,
+        "weight of a new batch in the running statistics; not given: 20 / steps of the run, "
+        "but from 0.001 (published) to 0.1",
+        kind=float,
+        least=0,
+        fixed=False,
+    )
+
+
+def momentum_for(num_steps: int) -> float:
+    """Return the momentum of batch norm for a run of so many steps; 0: published."""
+    return min(0.1, max(0.001, 20 / num_steps)) if num_steps else 0.001
 
 
 class DnCNN(nn.Module):
@@ -27,7 +57,8 @@ class DnCNN(nn.Module):
         features: Channels between them.
         batch_norm: Batch norm after the inner convolutions; without it they have a bias.
         residual: Add the input to the output.
-        bn_momentum: Weight of a new batch in the running statistics.
+        bn_momentum: Weight of a new batch in the running statistics; None: see `momentum_for`.
+        num_steps: Training steps of the run, which decide on bn_momentum if it is None.
         layer: What takes the place of the inner convolutions, called with `in_channels` and
             `out_channels`; None: 3×3 convolutions.
 
@@ -35,6 +66,9 @@ class DnCNN(nn.Module):
         Noisy images (B, in_channels, H, W) in [0, 1], not clipped -> (B, out_channels, H, W).
     """
 
+    Options = DnCNNOptions
+    defaults: ClassVar[dict] = {"dataset": "photos"}
+    own_layer = OWN_LAYER
     family = "DnCNN"
     tasks = ("denoising",)
     training = "gradient"
@@ -49,12 +83,19 @@ class DnCNN(nn.Module):
         features: int = 64,
         batch_norm: bool = True,
         residual: bool = True,
-        bn_momentum: float = 0.001,
+        bn_momentum: float | None = None,
+        num_steps: int = 0,
         layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        if depth < 2:
-            raise ValueError(f"depth must be at least 2, got {depth}.")
+        DnCNNOptions(
+            depth=depth,
+            features=features,
+            batch_norm=batch_norm,
+            residual=residual,
+            bn_momentum=bn_momentum,
+        )
+        bn_momentum = momentum_for(num_steps) if bn_momentum is None else bn_momentum
         out_channels = in_channels if out_channels is None else out_channels
         self.shared = min(in_channels, out_channels) if residual else 0
         self.plain = layer is None

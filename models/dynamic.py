@@ -9,14 +9,52 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from layers.dynamic import DynamicNeighbors
+from layers.dynamic import PREDICTORS, DynamicNeighbors
 from layers.prune import prune_centers
-from ops.centers.distances import DistanceKernel
+from ops.centers.distances import KERNELS, DistanceKernel
+from options import Options, option
 
 __all__ = ["DynamicNetwork"]
+
+
+@dataclass(frozen=True)
+class DynamicOptions(Options):
+    """Which centers vote how, and when one is added."""
+
+    title = "Growing networks (--model dynamic)"
+    K: int = option(9, "voters of --predictor knn", least=1)
+    kernel_type: str = option(
+        "cosine",
+        "what weight a center has at a distance; cosine and dot compare directions, "
+        "influence_cone sees only centers near the nearest one",
+        choices=KERNELS,
+    )
+    epsilon: float = option(1e-6, "added to every distance, > 0")
+    exponent: float = option(
+        -4.0, "the weight is distance to this power, < 0 (all kernels but influence_cone)"
+    )
+    scales: int = option(4, "levels of euclidean_pyramid")
+    influence_cone_factor: float = option(
+        2.0, "reach of influence_cone in distances of the nearest center, > 1"
+    )
+    predictor: str = option(
+        "interp",
+        "who votes: all centers, the nearest one, or the --K nearest",
+        choices=PREDICTORS,
+    )
+    target_accuracy: float = option(
+        0.9, "share of a batch, in (0, 1], from which on it is not gone over again"
+    )
+    max_count: int = option(3, "times a batch is gone over at most")
+    max_neighbors: int = option(100_000, "most centers of each layer")
+    num_layers: int = option(1, "layers, grown one after the other")
+    splits: int = option(1, "parts of a layer's centers whose class scores the next layer sees")
 
 
 class DynamicNetwork(nn.Module):
@@ -47,6 +85,16 @@ class DynamicNetwork(nn.Module):
             that was right before (`seen`) and after (`learnt`) growing.
     """
 
+    Options = DynamicOptions
+    defaults: ClassVar[dict] = {"batch_size": 64, "num_epochs": 1}
+    task_defaults: ClassVar[dict] = {
+        "approximation": {
+            "kernel_type": "euclidean",
+            "tolerance": 0.2,
+            "target_accuracy": 0.8,
+            "batch_size": 256,
+        }
+    }
     family, tasks = "Dynamic", ("classification", "approximation", "language")
     training, uses_layer, min_input_size = "growth", False, 1
 

@@ -10,8 +10,9 @@ References:
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,10 +22,33 @@ from torch import Tensor, nn
 from ops.sets.index import DEFAULT_MAX_BYTES, ExactIndex
 from ops.sets.keys import METRICS
 from ops.sets.merge import merge_over_ranks
+from options import Options, option
 
 __all__ = ["VOTES", "KNNClassifier", "count_votes"]
 
 VOTES = ("majority", "majority_lowest", "distance")
+
+
+@dataclass(frozen=True)
+class KNNOptions(Options):
+    """Who votes, and how."""
+
+    title = "K nearest neighbors (--model knn; --K and --magnitude_type are above)"
+    K: int = option(1, "number of neighbors; several at once: 1,3,5", least=1, several="commas")
+    magnitude_type: str = option("cosine", "metric", choices=METRICS, argument="metric")
+    vote: str = option(
+        "majority",
+        "neighbors count the same and ties go to the nearer (majority) or to the lowest class "
+        "(majority_lowest, as in scikit-learn), or they count by 1 / distance",
+        choices=VOTES,
+    )
+    knn_precision: str = option(
+        "auto",
+        "products in 8 bits where that is faster, or in float32; the neighbors are exact "
+        "either way",
+        choices=("auto", "float32"),
+        argument="precision",
+    )
 
 
 def count_votes(
@@ -104,6 +128,8 @@ class KNNClassifier(nn.Module):
         tensor([1])
     """
 
+    Options = KNNOptions
+    defaults: ClassVar[dict] = {"batch_size": 4096, "num_epochs": 1}
     family = "kNN"
     tasks = ("classification",)
     training = "memory"
@@ -136,6 +162,7 @@ class KNNClassifier(nn.Module):
         self.offset = 0  # index of the first sample of this rank
         self.file: str | None = None
         self._index: ExactIndex | None = None
+        self._stored: list[tuple[Tensor, float, Tensor]] = []
         self._mapped: np.ndarray | None = None
         self.register_buffer("features", torch.empty(0, 0))
         self.register_buffer("labels", torch.empty(0, dtype=torch.int64))
@@ -193,26 +220,34 @@ class KNNClassifier(nn.Module):
         self.labels = labels.to(self.features.device)
         return self
 
-    def fit_batches(
-        self, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, shard: bool = False
-    ) -> "KNNClassifier":
-        """Store samples that come in batches (features, labels); 8 bits a number where they do."""
-        parts: list[tuple[Tensor, float]] = []
-        labels = []
-        for features, batch_labels in batches:
-            features = features.flatten(1)
-            levels, scale = as_levels(features)
-            parts.append((features, 1.0) if levels is None else (levels, scale))
-            labels.append(batch_labels)
+    def store(self, features: Tensor, labels: Tensor) -> None:
+        """Take a batch of samples; 8 bits a number where they do. :meth:`seal` ends it."""
+        features = features.flatten(1)
+        levels, scale = as_levels(features)
+        self._stored.append((*((features, 1.0) if levels is None else (levels, scale)), labels))
+
+    def seal(self, num_classes: int, *, shard: bool = False) -> "KNNClassifier":
+        """Make the samples of all batches the stored ones; see :meth:`fit`."""
+        parts = [(rows, scale) for rows, scale, _ in self._stored]
+        labels = torch.cat([labels for _, _, labels in self._stored])
+        self._stored.clear()
         scales = {scale for _, scale in parts}
         if len(scales) == 1 and len({rows.dtype for rows, _ in parts}) == 1:
             rows, scale = torch.cat([rows for rows, _ in parts]), scales.pop()
         else:
             rows, scale = torch.cat([_from_levels(*part) for part in parts]), 1.0
         parts.clear()
-        self.fit(rows, torch.cat(labels), num_classes, shard=shard)
+        self.fit(rows, labels, num_classes, shard=shard)
         self.scale *= scale
         return self
+
+    def fit_batches(
+        self, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, shard: bool = False
+    ) -> "KNNClassifier":
+        """Store samples that come in batches (features, labels)."""
+        for features, labels in batches:
+            self.store(features, labels)
+        return self.seal(num_classes, shard=shard)
 
     def _check(self, count: int, labels: Tensor, num_classes: int | None) -> None:
         if count == 0:

@@ -2,19 +2,21 @@
 
 T. Plötz, S. Roth, "Neural Nearest Neighbors Networks", NeurIPS 2018,
 https://arxiv.org/abs/1810.12575. Parameter names and shapes are those of the published
-checkpoints, which `load_pretrained` reads (a file that the user has; it may not be passed on).
+checkpoints, which `utils.load_pretrained` reads (a file that the user has; it may not be passed
+on).
 """
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from layers.n3 import ConcreteBlock, KNNBlock, N3Block
-from models.dncnn import DnCNN
+from models.dncnn import OWN_LAYER, DnCNN, DnCNNOptions, momentum_for
+from options import OptionError, option
 
-__all__ = ["PRESETS", "N3Net", "load_pretrained"]
+__all__ = ["PRESETS", "N3Net"]
 
 # Rows of the paper's ablation: model, and the options that differ from its defaults.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,6 +28,68 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "n3net_light": ("n3net", {"num_blocks": 1}),
     "n3net": ("n3net", {"num_blocks": 2}),
 }
+
+
+@dataclass(frozen=True)
+class N3NetOptions(DnCNNOptions):
+    """DnCNNs and the nonlocal blocks between them."""
+
+    depth: int = option(6, "convolutions of (each) DnCNN", least=2)
+    num_blocks: int = option(2, "n3net: nonlocal blocks; 1 is light", least=0)
+    block_channels: int = option(8, "n3net: channels into a block", least=1)
+    nonlocal_block: str = option(
+        "n3",
+        "n3net: neural, hard or stochastic nearest neighbors, or nothing, between the DnCNNs",
+        choices=("n3", "knn", "concrete", "none"),
+    )
+    match_on: str = option(
+        None,
+        "n3net: compare patches by a learned embedding (not knn), by the noisy input or by "
+        "the output of the DnCNN before; not given: embedding, for knn dncnn",
+        choices=("embedding", "input", "dncnn"),
+    )
+    num_volumes: int = option(7, "n3net: neighbors of a patch", least=1)
+    patch_size: int = option(10, "n3net: side of a patch, in pixels", least=1)
+    patch_stride: int = option(5, "n3net: step between patches", least=1)
+    window: int = option(15, "n3net: side of the window, in patches; odd", least=1)
+    embed_channels: int = option(8, "n3net: channels of the embedding", least=1)
+    embed_features: int = option(64, "n3net: channels on the way there", least=1)
+    embed_depth: int = option(3, "n3net: convolutions on the way there", least=1)
+    temperature: str = option(
+        "image",
+        "n3net: temperature of n3 blocks: a network's for every patch, one number, or fixed",
+        choices=("image", "learned", "fixed"),
+    )
+    temp_bias: float = option(
+        0.1,
+        "n3net: its logarithm is added to the log temperature; 0 adds nothing",
+        least=0,
+    )
+    temp_pool: str = option(
+        "average",
+        "n3net: temperature of a patch: average over it (published code) or center pixel",
+        choices=("average", "center"),
+    )
+    distance_bn: bool = option(True, "n3net: batch norm of distances")
+    pad_mode: str = option(
+        "zeros",
+        "n3net: what the grid of patches sees beyond the border; zeros is published",
+        choices=("zeros", "reflect"),
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse windows without a middle, and choices that nothing would train."""
+        super().__post_init__()
+        if self.window % 2 == 0:
+            raise OptionError(
+                f"window {self.window} is even: a query sits in the middle of its window. "
+                f"Try {self.window - 1} or {self.window + 1}."
+            )
+        if self.nonlocal_block == "knn" and self.match_on == "embedding":
+            raise ValueError(
+                "nonlocal_block knn cannot match on an embedding: no gradient passes a hard "
+                "choice, so nothing would train it. Match on input or dncnn."
+            )
 
 
 class N3Net(nn.Module):
@@ -55,13 +119,20 @@ class N3Net(nn.Module):
         pad_mode: "zeros" (published) or "reflect", around the grid of patches.
         batch_norm: Batch norm in the DnCNNs.
         residual: Add the input of each DnCNN to the channels that it shares with the output.
-        bn_momentum: Weight of a new batch in the running statistics of batch norm.
+        bn_momentum: Weight of a new batch in the running statistics of batch norm; None: see
+            `models.dncnn.momentum_for`.
+        num_steps: Training steps of the run, which decide on bn_momentum if it is None.
         layer: What takes the place of the DnCNNs' inner convolutions; None: 3×3 convolutions.
 
     Shape:
         Noisy images (B, in_channels, H, W) in [0, 1], not clipped -> (B, out_channels, H, W).
     """
 
+    Options = N3NetOptions
+    defaults: ClassVar[dict] = {"dataset": "photos"}
+    own_layer = OWN_LAYER
+    # Allocated by the published code, never applied: 64 gains, biases, means and variances each.
+    dead_weights = r"blocks\.\d+\.bn1\.(weight|bias|running_mean|running_var|num_batches_tracked)"
     family = "N3Net"
     tasks = ("denoising",)
     training = "gradient"
@@ -92,24 +163,36 @@ class N3Net(nn.Module):
         pad_mode: str = "zeros",
         batch_norm: bool = True,
         residual: bool = True,
-        bn_momentum: float = 0.001,
+        bn_momentum: float | None = None,
+        num_steps: int = 0,
         layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks must not be negative, got {num_blocks}.")
-        if nonlocal_block not in ("n3", "knn", "concrete", "none"):
-            raise ValueError(
-                f"nonlocal_block must be n3, knn, concrete or none, got {nonlocal_block!r}."
-            )
+        N3NetOptions(
+            depth=depth,
+            features=features,
+            batch_norm=batch_norm,
+            residual=residual,
+            bn_momentum=bn_momentum,
+            num_blocks=num_blocks,
+            block_channels=block_channels,
+            nonlocal_block=nonlocal_block,
+            match_on=match_on,
+            num_volumes=num_volumes,
+            patch_size=patch_size,
+            patch_stride=patch_stride,
+            window=window,
+            embed_channels=embed_channels,
+            embed_features=embed_features,
+            embed_depth=embed_depth,
+            temperature=temperature,
+            temp_bias=temp_bias,
+            temp_pool=temp_pool,
+            distance_bn=distance_bn,
+            pad_mode=pad_mode,
+        )
         match_on = match_on or ("dncnn" if nonlocal_block == "knn" else "embedding")
-        if match_on not in ("embedding", "input", "dncnn"):
-            raise ValueError(f"match_on must be embedding, input or dncnn, got {match_on!r}.")
-        if nonlocal_block == "knn" and match_on == "embedding":
-            raise ValueError(
-                "nonlocal_block knn cannot match on an embedding: no gradient passes a hard "
-                "choice, so nothing would train it. Match on input or dncnn."
-            )
+        bn_momentum = momentum_for(num_steps) if bn_momentum is None else bn_momentum
         out_channels = in_channels if out_channels is None else out_channels
         self.match_on = match_on
         self.patch_stride = patch_stride
@@ -191,49 +274,3 @@ class N3Net(nn.Module):
                 out = self.nls[i](out, matched, pad_start)
             out = block(out)
         return out
-
-
-# Allocated by the published code, never applied: 64 gains, biases, means and variances each.
-_DEAD = re.compile(r"blocks\.\d+\.bn1\.(weight|bias|running_mean|running_var|num_batches_tracked)")
-
-
-def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Load weights by name; every one must arrive.
-
-    The published batch norms that are never applied are left out, and counters of batches that
-    older files lack stay at zero.
-
-    Args:
-        model: A DnCNN or N3Net.
-        weights: By name, as `train_eval.read_weights` gives them.
-
-    Returns:
-        Names that were left out.
-
-    Raises:
-        ValueError: If names are missing or unknown or shapes differ; lists all of them.
-    """
-    own = model.state_dict()
-    dead = [name for name in weights if _DEAD.fullmatch(name) and name not in own]
-    found = {name: value for name, value in weights.items() if name not in dead}
-    counter = "num_batches_tracked"
-    problems = [
-        f"missing: {name} {tuple(value.shape)}"
-        for name, value in own.items()
-        if name not in found and not name.endswith(counter)
-    ]
-    problems += [
-        f"unknown: {name} {tuple(value.shape)}" for name, value in found.items() if name not in own
-    ]
-    problems += [
-        f"other shape: {name} is {tuple(value.shape)} there and {tuple(own[name].shape)} here"
-        for name, value in found.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError(
-            f"the weights do not fit this {type(model).__name__}; {len(problems)} names differ:\n  "
-            + "\n  ".join(problems)
-        )
-    model.load_state_dict(found, strict=False)
-    return dead

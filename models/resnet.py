@@ -5,13 +5,29 @@ https://arxiv.org/abs/1512.03385. Symbols: B batch, C channels, H/W height and w
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from options import Options, option
 
 __all__ = ["ResBlock", "ResNet"]
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class ResNetOptions(Options):
+    """How the resolution falls."""
+
+    title = "ResNet"
+    downsample: str = option(
+        "stride",
+        "ResNet: halve the resolution where the classic network does, "
+        "or keep it (the published networks)",
+        choices=("stride", "none"),
+    )
 
 
 def _without_bias(conv: nn.Module) -> nn.Module:
@@ -113,6 +129,7 @@ class ResNet(nn.Module):
         ValueError: for another depth or way of downsampling, or (in forward) smaller images.
     """
 
+    Options = ResNetOptions
     family = "ResNet"
     tasks = ("classification",)
     training = "gradient"
@@ -131,8 +148,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))} (got {depth}).")
-        if downsample not in ("stride", "none"):
-            raise ValueError(f"downsample must be stride or none (got {downsample!r}).")
+        ResNetOptions(downsample=downsample)
         self.first_conv = nn.Sequential(
             nn.Conv2d(in_channels, WIDTHS[0], kernel_size=3, padding=1, bias=False),
             nn.BatchNorm2d(WIDTHS[0]),

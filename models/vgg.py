@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from options import Options
+
 __all__ = ["VGG"]
 
 # Layers of each of the five stages; a stage ends in a 2x2 max pooling.
@@ -37,6 +39,7 @@ class VGG(nn.Module):
         ValueError: for another depth, or (in forward) for smaller images.
     """
 
+    Options = Options
     family = "VGG"
     tasks = ("classification",)
     training = "gradient"

@@ -1,4 +1,4 @@
-"""Feature maps for models that compare samples as they are: PCA, and a trained network's features.
+"""Features for models that compare samples as they are: PCA, and a trained network's features.
 
 References:
     K. Pearson, "On lines and planes of closest fit to systems of points in space", 1901 (PCA).
@@ -6,10 +6,72 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PCA", "penultimate_features"]
+from dataset import Data, encode_data
+
+__all__ = ["PCA", "check_features", "load_features", "penultimate_features"]
+
+
+def check_features(name: str, spec: str) -> None:
+    """Refuse what is no feature: raw, pca:N, or the checkpoint of a network.
+
+    Args:
+        name: Name of the option.
+        spec: Its value.
+    """
+    if spec == "raw":
+        return
+    if spec.startswith("pca:"):
+        number = spec.removeprefix("pca:")
+        if not number.isdecimal() or int(number) < 1:
+            raise ValueError(
+                f"{name} {spec}: after pca: comes the number of components, e.g. pca:50."
+            )
+    elif not Path(spec).is_file():
+        raise ValueError(
+            f"{name} {spec} is neither raw, pca:N nor an existing checkpoint file (the best.pt of "
+            "a VGG or ResNet trained here)."
+        )
+
+
+def load_features(
+    spec: str,
+    load: Callable[[], Data],
+    open_network: Callable[[str], tuple[Data, nn.Module, str]],
+    device: torch.device,
+) -> Data:
+    """Load classification data in which every sample is replaced by its features.
+
+    Args:
+        spec: "raw", "pca:N", or the checkpoint of a network trained here.
+        load: Loads the data as pixels in [0, 1].
+        open_network: Loads, for a checkpoint, the data as its network wants it, the network, and
+            the network's name.
+        device: Where features are computed.
+
+    Returns:
+        The data; ``extra["pictures"]`` is `load` where samples are no pictures any more.
+    """
+    if spec == "raw":
+        return load()
+    if spec.startswith("pca:"):
+        flat = encode_data(load(), partial(torch.flatten, start_dim=1))
+        features = encode_data(flat, PCA.fit(flat.train.features, int(spec.removeprefix("pca:"))))
+    else:
+        data, network, name = open_network(spec)
+        network.to(device).eval()
+        features = encode_data(data, partial(penultimate_features, network), device=device)
+        features.notes.append(
+            f"Features: {features.sample_shape[0]} numbers a sample from the {name} in {spec}."
+        )
+    features.extra["pictures"] = load
+    return features
 
 
 class PCA:

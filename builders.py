@@ -1,0 +1,385 @@
+"""From a choice of rows (model, layer, data set, task, trainer) to options and objects.
+
+Only this file and `main.py` know all tables. Plain keywords are handed to constructors.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataset import Data, DataError, DataOptions, image_side
+from layers import LAYERS
+from models import MODELS, PRESETS, model_class
+from options import Option, Options, merge_options, option
+from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
+from tasks.features import load_features
+from trainers import TRAINERS, Trainer
+from utils import describe_model, load_checkpoint, load_weights, memory_size, rehearse
+
+__all__ = [
+    "Choice",
+    "all_options",
+    "build_model",
+    "build_task",
+    "build_trainer",
+    "chosen",
+    "describe",
+    "load_data",
+    "rehearse_run",
+]
+
+# ---------------------------------------------------------------------------------------------
+# Options that belong to no model, layer, task, data set or trainer
+
+
+@dataclass(frozen=True)
+class WeightsOptions(Options):
+    """Where a network begins."""
+
+    title = "Weights to begin with"
+    pretrained: str = option(None, "weights to start from or to evaluate", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class SystemOptions(Options):
+    """Where it runs."""
+
+    title = "System"
+    device: str = option(
+        "cuda",
+        "without this flag: cuda where there is one, else the CPU; auto: the best there is",
+        choices=("cpu", "cuda", "mps", "auto"),
+        resumable=True,
+    )
+    seed: int = option(0, "seed of everything drawn at random", least=0)
+    num_workers: int = option(
+        -1,
+        "loading processes; -1: none for data in memory, else up to 4",
+        least=-1,
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """What is written, and what kind of run it is."""
+
+    title = "Output and kind of run"
+    output_dir: str = option(
+        "./Output/VGG/ConvNN",
+        "run folder; not given: ./Output/<family>/<layer>, numbered where a run is already "
+        "there (the default shown is that of vgg11 and ConvNN)",
+        resumable=True,
+    )
+    test_only: bool = option(
+        False,
+        "evaluate best.pt of --output_dir (or --checkpoint) on the test set",
+        of_run=True,
+    )
+    resume: bool = option(False, "go on from last.pt of --output_dir", of_run=True)
+    overwrite: bool = option(False, "replace the run in --output_dir", of_run=True)
+    checkpoint: str = option(None, "checkpoint file for --test_only and --resume", of_run=True)
+    config: str = option(
+        None, "args.txt of a former run; flags on the command line win over it", of_run=True
+    )
+    dry_run: bool = option(
+        False,
+        "build everything, take two steps, evaluate two batches, write nothing",
+        of_run=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# All options, and those of a choice
+
+
+def choosing_options() -> list[Option]:
+    """Return the flags that choose a row of a table."""
+    return [
+        Option("model", "vgg11", "network", choices=tuple(MODELS), fixed=True),
+        Option(
+            "layer",
+            "ConvNN",
+            "what takes the place of every convolution (VGG, ResNet, DnCNN)",
+            choices=tuple(LAYERS),
+            fixed=True,
+        ),
+        Option("dataset", "cifar10", "dataset", choices=tuple(DATASETS)),
+        Option(
+            "task",
+            None,
+            "what is learnt from it; not given: the first that the dataset serves",
+            choices=tuple(TASKS),
+        ),
+        Option(
+            "preset",
+            None,
+            "a row of the N3Net paper's table: sets --model and its flags",
+            choices=tuple(PRESETS),
+            of_run=True,
+        ),
+    ]
+
+
+def all_owners() -> Iterable[type[Options]]:
+    """Return the options of everything there is, in the order of the help text."""
+    yield from (layer.Options for layer in LAYERS.values())
+    yield DataOptions
+    yield from (entry.Options for entry in DATASETS.values())
+    yield from (trainer.Options for trainer in TRAINERS.values())
+    yield from (model_class(name).Options for name in MODELS)
+    yield from (task.Options for task in TASKS.values())
+    yield from (WeightsOptions, SystemOptions, OutputOptions)
+
+
+def all_options() -> dict[str, tuple[str, Option]]:
+    """Return every option by name, with the heading it stands under."""
+    pairs = [("Model", each) for each in choosing_options()]
+    pairs += [(owner.title, each) for owner in all_owners() for each in owner.declared()]
+    return merge_options(pairs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows that a run chooses: its model, layer, data set, task and trainer."""
+
+    model: str
+    layer: str
+    dataset: str
+    task: str
+
+    @property
+    def model_type(self) -> type[nn.Module]:
+        """Class of the model."""
+        return model_class(self.model)
+
+    @property
+    def entry(self) -> DatasetEntry:
+        """Row of the data set."""
+        return DATASETS[self.dataset]
+
+    @property
+    def task_type(self) -> type[Task]:
+        """Class of the task."""
+        return TASKS[self.task]
+
+    @property
+    def trainer_type(self) -> type[Trainer]:
+        """Class of the trainer."""
+        return TRAINERS[self.model_type.training]
+
+    @property
+    def owners(self) -> list[type[Options]]:
+        """Options of the rows."""
+        found = [self.entry.Options, self.task_type.Options, self.trainer_type.Options]
+        if self.model_type.uses_layer:
+            found.append(LAYERS[self.layer].Options)
+        return [*found, self.model_type.Options]
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the defaults of these rows, where they differ from the parser's."""
+        found: dict[str, Any] = {}
+        for owner in self.owners:
+            found |= owner.defaults()
+        model = self.model_type
+        found |= self.task_type.defaults
+        found |= getattr(model, "defaults", {})
+        return found | getattr(model, "task_defaults", {}).get(self.task, {})
+
+    def read_options(self) -> set[str]:
+        """Return the names of the options that this run reads."""
+        everywhere = (DataOptions, WeightsOptions, SystemOptions, OutputOptions)
+        names = {each.name for each in choosing_options()}
+        names -= set() if self.model_type.uses_layer else {"layer"}
+        for owner in (*self.owners, *everywhere):
+            names |= {o.name for o in owner.declared() if o.is_read_by(self.trainer_type.name)}
+        return names
+
+    def fixed_options(self) -> set[str]:
+        """Return the names of the options that decide what the weights mean."""
+        names = {"model"}
+        if self.model_type.uses_layer:
+            names |= {"layer"} | LAYERS[self.layer].Options.names()
+        names |= {o.name for o in self.model_type.Options.declared() if o.fixed is not False}
+        return names | {o.name for o in self.task_type.Options.declared() if o.fixed}
+
+    def __str__(self) -> str:
+        layer = f" --layer {self.layer}" if self.model_type.uses_layer else ""
+        return f"--model {self.model}{layer}"
+
+
+def chosen(values: Mapping[str, Any]) -> Choice:
+    """Return the rows that arguments choose."""
+    entry = DATASETS[values["dataset"]]
+    task = values.get("task") or entry.tasks[0]
+    return Choice(values["model"], values["layer"], values["dataset"], task)
+
+
+# ---------------------------------------------------------------------------------------------
+# From arguments to objects
+
+
+def build_task(values: Mapping[str, Any], choice: Choice) -> Task:
+    """Build the task."""
+    options = choice.task_type.Options.keywords(values, choice.trainer_type.name)
+    if "seed" in inspect.signature(choice.task_type).parameters:
+        options["seed"] = values["seed"]
+    return choice.task_type(**options)
+
+
+def build_layer(values: Mapping[str, Any], choice: Choice) -> Callable[..., nn.Module] | None:
+    """Return the configured layer, still to be told its channels; None: the model's own."""
+    options = LAYERS[choice.layer].Options.keywords(values)
+    if getattr(choice.model_type, "own_layer", None) == (choice.layer, options):
+        return None
+    return partial(LAYERS[choice.layer], **options)
+
+
+def build_model(values: Mapping[str, Any], choice: Choice, sizes: Mapping[str, Any]) -> nn.Module:
+    """Build the model.
+
+    Args:
+        values: The arguments.
+        choice: The chosen rows.
+        sizes: What the task says of the data.
+    """
+    builder = MODELS[choice.model]
+    known = {
+        "batch_size": values["batch_size"],
+        "num_passes": values["num_epochs"],
+        "num_steps": values["num_epochs"] * -(-sizes.get("num_samples", 0) // values["batch_size"]),
+        **sizes,
+    }
+    if choice.model_type.uses_layer:
+        known["layer"] = build_layer(values, choice)
+    wanted = set(inspect.signature(builder).parameters)
+    return builder(
+        **{name: value for name, value in known.items() if name in wanted},
+        **choice.model_type.Options.keywords(values),
+    )
+
+
+def load_run_data(values: Mapping[str, Any], choice: Choice, task: Task, **changes: Any) -> Data:
+    """Load the data set as a model wants it; see `Task.load`."""
+    model_type, trainer = choice.model_type, choice.trainer_type
+    needs = Needs(
+        min_side=model_type.min_input_size,
+        normalize=trainer.normalize,
+        evaluation_only=values["test_only"],
+    )
+    return task.load(
+        choice.entry.build,
+        choice.entry.Options.keywords({**values, **changes}, trainer.name),
+        seed=values["seed"],
+        needs=needs,
+        **DataOptions.keywords(values),
+    )
+
+
+def load_data(values: Mapping[str, Any], choice: Choice, task: Task, device: torch.device) -> Data:
+    """Load the data, with samples replaced by features where that is asked for."""
+    trainer = choice.trainer_type
+    load = partial(load_run_data, values, choice, task)
+    if trainer.features is None:
+        return load()
+    open_network = partial(open_feature_network, values, choice, task)
+    return load_features(values[trainer.features], load, open_network, device)
+
+
+def open_feature_network(
+    values: Mapping[str, Any], choice: Choice, task: Task, path: str
+) -> tuple[Data, nn.Module, str]:
+    """Load a network trained here, and the data normalised and sized as it wants them."""
+    checkpoint = load_checkpoint(path)
+    stored = {**values, **checkpoint["args"]}
+    source = replace(choice, model=stored["model"], layer=stored["layer"])
+    model_type = source.model_type
+    if model_type.training != "gradient" or choice.task not in model_type.tasks:
+        raise DataError(f"{path} holds a {stored['model']}, which is no VGG or ResNet.")
+    resize = values["resize"] or stored["resize"]
+    data = load_run_data(values, source, task, resize=resize)
+    classifier = [v for k, v in checkpoint["model"].items() if k.startswith("classifier")]
+    sizes = task.sizes(replace(data, num_outputs=classifier[-1].shape[0]))
+    network = build_model(stored, source, sizes)
+    try:
+        load_weights(network, checkpoint)
+    except ValueError as error:
+        raise DataError(f"{path} does not fit --dataset {choice.dataset}: {error}") from error
+    return data, network, stored["model"]
+
+
+def build_trainer(
+    values: Mapping[str, Any],
+    choice: Choice,
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    device: torch.device,
+) -> Trainer:
+    """Build how the model learns."""
+    trainer = choice.trainer_type
+    known = {**trainer.Options.keywords(values), "num_classes": data.num_outputs}
+    wanted = set(inspect.signature(trainer).parameters)
+    options = {name: value for name, value in known.items() if name in wanted}
+    built = trainer(model, task, device=device, **options)
+    built.check_set(len(data.train), values["batch_size"])
+    return built
+
+
+def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = None) -> None:
+    """Build the model on the meta device and run it by shapes alone, as far as they are known.
+
+    Args:
+        values: The arguments.
+        choice: The chosen rows.
+        data: The data, once it is loaded.
+    """
+    task = build_task(values, choice)
+    entry, model_type = choice.entry, choice.model_type
+    num_outputs = entry.num_classes
+    if data is not None:
+        shape, num_outputs = data.sample_shape, data.num_outputs
+    elif entry.shape is not None:
+        side = image_side(entry.shape[1:], values["resize"], model_type.min_input_size)
+        shape = entry.shape if side is None else (entry.shape[0], side, side)
+    else:
+        shape = getattr(task, "known_shape", None)
+    sizes = task.known_sizes(shape or (1, 1, 1), num_outputs)
+    try:
+        with torch.device("meta"):
+            model = build_model(values, choice, sizes)
+    except ValueError as error:
+        raise ValueError(f"--model {choice.model}: {error}") from error
+    check_memory(values, choice, model)
+    task.check_model(model)
+    if shape is not None and choice.trainer_type.rehearses and task.name == "classification":
+        rehearse(model, shape)
+
+
+def check_memory(values: Mapping[str, Any], choice: Choice, model: nn.Module) -> None:
+    """Refuse a model whose parameters do not fit into the machine."""
+    count = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    copies = 1 if values["test_only"] else choice.trainer_type.copies(values)
+    there = memory_size(torch.device(values["device"]))
+    if there is not None and size * copies > there:
+        what = "" if copies == 1 else " with their gradients and the state of the optimizer"
+        raise ValueError(
+            f"{choice} has {count:,} parameters, which take {size * copies / 1e9:,.1f} GB{what}; "
+            f"the device has {there / 1e9:,.1f} GB. Try fewer channels or blocks, a smaller K or "
+            "shuffle_scale."
+        )
+
+
+def describe(
+    model: nn.Module, trainer_type: type[Trainer], data: Data, device: torch.device
+) -> str:
+    """Describe the model, by a forward pass of a blank sample where it learns by gradient."""
+    if not trainer_type.rehearses:
+        return f"{model}\n"
+    return describe_model(model, torch.zeros(1, *data.sample_shape, device=device))

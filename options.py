@@ -1,0 +1,371 @@
+"""What an option is: declared once, beside what it configures.
+
+A class that users configure has an `Options`: a frozen dataclass whose fields are made by
+:func:`option`. From these fields come the command line with its help, the README's tables, bounds
+and choices, what has no effect in a run, what a checkpoint fixes, and what `model.txt` shows.
+Constructors keep explicit keywords and check them by building their `Options`.
+
+This file imports nothing of ours.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar
+
+__all__ = [
+    "HelpFormatter",
+    "Option",
+    "OptionError",
+    "Options",
+    "add_flag",
+    "check_at_least",
+    "check_choice",
+    "check_fraction",
+    "flagged",
+    "merge_options",
+    "option",
+    "read_texts",
+]
+
+
+class OptionError(ValueError):
+    """A value that cannot be used; the message is a sentence that begins with the option's name."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: Its name, also that of the flag.
+        default: Its default.
+        meaning: What it does, in a few words; unit and range where they are not obvious.
+        kind: bool, int, float or str.
+        least: Smallest value.
+        most: Largest value.
+        above: All values are larger than this.
+        below: All values are smaller than this.
+        choices: The values there are.
+        several: "list": one or more values (``--name a b``); "commas": one value, or several in
+            one word (``1,3,5``).
+        metavar: What stands for the value in help texts.
+        argument: Name of the constructor's keyword, if it is another one.
+        trainers: The ways of training that read it; empty: all.
+        when: Other options and the values of theirs that it belongs to, e.g.
+            ``{"sampling_type": ("spatial",)}``: elsewhere it is not shown.
+        fixed: Whether it decides what the weights of a checkpoint mean; None: options of models and
+            layers do, others do not.
+        resumable: Whether a resumed run may change it: it alters how long and where a run goes,
+            not what is computed.
+        of_run: Whether it says what kind of run it is: never taken over from a former one.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+    kind: type = str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] | None = None
+    several: str | None = None
+    metavar: str | None = None
+    argument: str | None = None
+    trainers: tuple[str, ...] = ()
+    when: Mapping[str, tuple] = field(default_factory=dict)
+    fixed: bool | None = None
+    resumable: bool = False
+    of_run: bool = False
+
+    def is_read_by(self, trainer: str | None) -> bool:
+        """Say whether a way of training reads it."""
+        return trainer is None or not self.trainers or trainer in self.trainers
+
+    def parse(self, text: str) -> Any:
+        """Read a value from a word of the command line or of an args.txt.
+
+        Raises:
+            ValueError: If it is no number, or out of bounds.
+        """
+        if self.several == "commas":
+            values = [self._parse(part) for part in text.strip("[]").split(",")]
+            return values[0] if len(values) == 1 else values
+        return self._parse(text)
+
+    def _parse(self, text: str) -> Any:
+        if self.kind is bool:
+            if text not in ("True", "False"):
+                raise ValueError(f"must be True or False (got {text})")
+            return text == "True"
+        try:
+            value = self.kind(text)
+        except ValueError as error:
+            raise ValueError(f"invalid {self.kind.__name__} value: {text!r}") from error
+        if (problem := self.out_of_bounds(value)) is not None:
+            raise ValueError(f"{problem} (got {text})")
+        return value
+
+    def out_of_bounds(self, value: Any) -> str | None:
+        """Say which bound a number breaks: "must be at least 1"; None if it keeps them all."""
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        low = "" if self.least is None else f"{self.least:g}"
+        high = "" if self.most is None else f"{self.most:g}"
+        inside = (self.least is None or value >= self.least) and (
+            self.most is None or value <= self.most
+        )
+        if not inside:
+            if low and high:
+                return f"must lie in [{low}, {high}]"
+            return f"must be at least {low}" if low else f"must be at most {high}"
+        if self.above is not None and not value > self.above:
+            return f"must be above {self.above:g}"
+        if self.below is not None and not value < self.below:
+            return f"must be below {self.below:g}"
+        return None
+
+    def check(self, value: Any) -> None:
+        """Refuse a value that is out of bounds or none of the choices.
+
+        Raises:
+            OptionError: A sentence with the value, the bound or the choices, and the meaning.
+        """
+        if value is None and self.default is None:
+            return
+        for item in value if self.several and isinstance(value, list | tuple) else [value]:
+            if self.choices is not None:
+                check_choice(self.name, item, self.choices)
+            if (problem := self.out_of_bounds(item)) is not None:
+                raise OptionError(f"{self.name} {problem} (got {item}): it is the {self.meaning}.")
+
+
+def option(default: Any, meaning: str, *, kind: type | None = None, **details: Any) -> Any:
+    """Make a field of an :class:`Options` dataclass; the rest as in :class:`Option`.
+
+    Args:
+        default: The default; its type is the option's unless `kind` says otherwise.
+        meaning: What it does.
+        kind: Type of the value.
+        **details: Further attributes of :class:`Option`.
+    """
+    kind = kind or (str if default is None else type(default))
+    if details.get("choices") is not None:
+        details["choices"] = tuple(details["choices"])
+    made = Option("", default, meaning, kind=kind, **details)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"option": made})
+    return field(default=default, metadata={"option": made})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one class; a subclass adds fields made by :func:`option`.
+
+    Building one checks every field by itself. A subclass that has rules among its fields adds
+    them to `__post_init__`.
+
+    Attributes:
+        title: Heading of the options in help texts and tables.
+    """
+
+    title: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for each in self.declared():
+            each.check(getattr(self, each.name))
+
+    @classmethod
+    def declared(cls) -> tuple[Option, ...]:
+        """Return the options, in the order in which they are declared."""
+        return tuple(
+            dataclasses.replace(f.metadata["option"], name=f.name) for f in dataclasses.fields(cls)
+        )
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """Return the names of the options."""
+        return {f.name for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the defaults by name."""
+        return {
+            f.name: f.default if f.default is not MISSING else f.default_factory()
+            for f in dataclasses.fields(cls)
+        }
+
+    @classmethod
+    def keywords(cls, values: Mapping[str, Any], trainer: str | None = None) -> dict[str, Any]:
+        """Pick the values of these options, by the names of the constructor's keywords.
+
+        Args:
+            values: The values of all options by name.
+            trainer: Way of training; options that it does not read keep their defaults.
+        """
+        return {
+            each.argument or each.name: (
+                values[each.name] if each.is_read_by(trainer) else each.default
+            )
+            for each in cls.declared()
+        }
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        """Refuse what cannot work with the other options of a run; before any work is done.
+
+        Args:
+            values: The values of all options of the run by name.
+
+        Raises:
+            ValueError: What is wrong, why, and what to try.
+        """
+
+    def describe(self, leave_out: Iterable[str] = ()) -> str:
+        """Word the options that matter: ``K=9, padding=1``."""
+        shown = (each.name for each in self._shown() if each.name not in leave_out)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+
+    def _shown(self) -> Iterator[Option]:
+        for each in self.declared():
+            if all(getattr(self, name) in values for name, values in each.when.items()):
+                yield each
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+def merge_options(pairs: Iterable[tuple[str, Option]]) -> dict[str, tuple[str, Option]]:
+    """Let options of one name share a flag, which takes what any of them takes.
+
+    Args:
+        pairs: Headings and options; of one name the first one's default and heading are shown.
+    """
+    merged: dict[str, tuple[str, Option]] = {}
+    for title, each in pairs:
+        if each.name not in merged:
+            merged[each.name] = (title, each)
+            continue
+        title, first = merged[each.name]
+        changes: dict[str, Any] = {"several": first.several or each.several}
+        if first.choices is not None:
+            changes["choices"] = tuple(dict.fromkeys((*first.choices, *(each.choices or ()))))
+        for bound, loosest in (("least", min), ("most", max), ("above", min), ("below", max)):
+            pair = (getattr(first, bound), getattr(each, bound))
+            changes[bound] = None if None in pair else loosest(pair)
+        if each.meaning not in first.meaning:
+            changes["meaning"] = f"{first.meaning}; {each.meaning}"
+        merged[each.name] = (title, dataclasses.replace(first, **changes))
+    return merged
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default is None or isinstance(action.default, bool)
+        return action.help if hidden else super()._get_help_string(action)
+
+
+def add_flag(group: Any, each: Option) -> None:
+    """Add the flag of an option to a group of the parser."""
+
+    def parse(text: str) -> Any:
+        try:
+            return each.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    details: dict[str, Any] = {"default": each.default, "help": each.meaning.replace("%", "%%")}
+    if each.kind is bool:
+        action = argparse.BooleanOptionalAction if each.default else "store_true"
+        group.add_argument(f"--{each.name}", action=action, **details)
+        return
+    if each.several == "list":
+        details["nargs"] = "+"
+    if each.metavar is not None:
+        details["metavar"] = each.metavar
+    group.add_argument(f"--{each.name}", type=parse, choices=each.choices, **details)
+
+
+def read_texts(
+    known: Mapping[str, Option], texts: Mapping[str, str], source: str
+) -> dict[str, Any]:
+    """Turn the strings of an args.txt into values; what says the kind of run is left out.
+
+    Args:
+        known: The options there are.
+        texts: Strings by name.
+        source: Where they come from, for messages.
+
+    Raises:
+        ValueError: If one cannot be read.
+    """
+    parsed = {}
+    for name, text in texts.items():
+        if name not in known:
+            print(f"note: {source} holds {name}, which is no flag of this version: ignored.")
+            continue
+        each = known[name]
+        if each.of_run:
+            continue
+        if text == "None":
+            parsed[name] = None
+            continue
+        try:
+            items = json.loads(text) if each.several == "list" else [text]
+            read = [each.parse(str(item)) for item in items]
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}: {text} cannot be read ({error}).") from error
+        parsed[name] = read if each.several == "list" else read[0]
+        for item in read:
+            if each.choices is not None and item not in each.choices:
+                raise ValueError(f"{source}: {name}: {text} is none of {', '.join(each.choices)}.")
+    return parsed
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse a value that is not one of the choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise OptionError(f"{name} must be one of {', '.join(choices)} (got {value!r}).")
+
+
+def check_fraction(name: str, value: float, meaning: str) -> None:
+    """Refuse a number outside [0, 1]."""
+    if not 0 <= value <= 1:
+        raise OptionError(f"{name} must lie in [0, 1] (got {value}): it is the {meaning}.")
+
+
+def check_at_least(name: str, value: int, least: int, meaning: str) -> None:
+    """Refuse a count below its least sensible value."""
+    if value < least:
+        raise OptionError(f"{name} must be at least {least} (got {value}): it is the {meaning}.")
+
+
+def flagged(message: str, names: Iterable[str]) -> str:
+    """Write the options named in a message as flags: ``batch_size`` becomes ``--batch_size``.
+
+    Only names that no sentence uses as a word are changed: those with an underscore, and the one
+    that a message begins with.
+
+    Args:
+        message: A sentence for a person.
+        names: The options there are.
+    """
+    names = set(names)
+    first, gap, rest = message.partition(" ")
+    if first in names:
+        message = f"--{first}{gap}{rest}"
+    words = "|".join(sorted((n for n in names if "_" in n), key=len, reverse=True))
+    return re.sub(rf"(?<![-\w/.])({words})(?![\w.])", r"--\1", message) if words else message
