@@ -227,9 +227,7 @@ def chosen(values: Mapping[str, Any]) -> Choice:
 def build_task(values: Mapping[str, Any], choice: Choice) -> Task:
     """Build the task."""
     options = choice.task_type.Options.keywords(values, choice.trainer_type.name)
-    if "seed" in inspect.signature(choice.task_type).parameters:
-        options["seed"] = values["seed"]
-    return choice.task_type(**options)
+    return choice.task_type(seed=values["seed"], **options)
 
 
 def build_layer(values: Mapping[str, Any], choice: Choice) -> Callable[..., nn.Module] | None:
@@ -351,14 +349,15 @@ def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = 
         shape = getattr(task, "known_shape", None)
     sizes = task.known_sizes(shape or (1, 1, 1), num_outputs)
     try:
-        with torch.device("meta"):
+        # Models that learn otherwise begin empty: there is nothing to save by the meta device.
+        with torch.device("meta" if choice.trainer_type.rehearses else "cpu"):
             model = build_model(values, choice, sizes)
     except ValueError as error:
         raise ValueError(f"--model {choice.model}: {error}") from error
-    check_memory(values, choice, model)
     task.check_model(model)
     if shape is not None and choice.trainer_type.rehearses and task.name == "classification":
         rehearse(model, shape)
+    check_memory(values, choice, model)
 
 
 def check_memory(values: Mapping[str, Any], choice: Choice, model: nn.Module) -> None:

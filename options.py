@@ -114,20 +114,22 @@ class Option:
         """Say which bound a number breaks: "must be at least 1"; None if it keeps them all."""
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
-        low = "" if self.least is None else f"{self.least:g}"
-        high = "" if self.most is None else f"{self.most:g}"
-        inside = (self.least is None or value >= self.least) and (
-            self.most is None or value <= self.most
-        )
-        if not inside:
-            if low and high:
-                return f"must lie in [{low}, {high}]"
-            return f"must be at least {low}" if low else f"must be at most {high}"
-        if self.above is not None and not value > self.above:
-            return f"must be above {self.above:g}"
-        if self.below is not None and not value < self.below:
-            return f"must be below {self.below:g}"
-        return None
+        kept = (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )  # comparisons with NaN are false
+        if kept:
+            return None
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
+        if low is not None and high is not None:
+            brackets = "[" if self.above is None else "(", "]" if self.below is None else ")"
+            return f"must lie in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+        if low is not None:
+            return f"must be {'at least' if self.above is None else 'above'} {low:g}"
+        return f"must be {'at most' if self.below is None else 'below'} {high:g}"
 
     def check(self, value: Any) -> None:
         """Refuse a value that is out of bounds or none of the choices.
@@ -141,7 +143,7 @@ class Option:
             if self.choices is not None:
                 check_choice(self.name, item, self.choices)
             if (problem := self.out_of_bounds(item)) is not None:
-                raise OptionError(f"{self.name} {problem} (got {item}): it is the {self.meaning}.")
+                raise OptionError(f"{self.name} {problem} (got {item}): {self.meaning}.")
 
 
 def option(default: Any, meaning: str, *, kind: type | None = None, **details: Any) -> Any:
@@ -204,6 +206,8 @@ class Options:
     def keywords(cls, values: Mapping[str, Any], trainer: str | None = None) -> dict[str, Any]:
         """Pick the values of these options, by the names of the constructor's keywords.
 
+        Options that say what kind of run it is are left out: they are the command line's.
+
         Args:
             values: The values of all options by name.
             trainer: Way of training; options that it does not read keep their defaults.
@@ -213,6 +217,7 @@ class Options:
                 values[each.name] if each.is_read_by(trainer) else each.default
             )
             for each in cls.declared()
+            if not each.of_run
         }
 
     @classmethod

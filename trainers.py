@@ -26,6 +26,7 @@ from utils import (
     plot_growth,
     save_checkpoint,
     world_size,
+    write_text,
 )
 
 __all__ = [
@@ -832,6 +833,11 @@ class MemoryTrainer(Trainer):
             for name, report in self.reports.items()
         ]
         return Measured(self.reports[judge].metrics[model.chosen], rows, lines, times)
+
+    def report(self, run: RunFolder) -> None:
+        """Describe the model, now that it holds samples."""
+        if run.writes:
+            write_text(run.file(run.MODEL), f"{self.model}\n")
 
     def conclude(self, progress: Progress, held_out: int | None) -> list[str]:
         """Return nothing: :meth:`measure` has said it all."""

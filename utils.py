@@ -409,7 +409,7 @@ class RunFolder:
 
     RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
     LAST, BEST, TEST, CURVES = "last.pt", "best.pt", "test_results.txt", "curves.png"
-    SUMMARY = "summary.json"
+    ARGS, MODEL, SUMMARY = "args.txt", "model.txt", "summary.json"
 
     def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
@@ -430,8 +430,8 @@ class RunFolder:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "args.txt", args_text)
-        write_text(self.path / "model.txt", model_text)
+        write_text(self.path / self.ARGS, args_text)
+        write_text(self.path / self.MODEL, model_text)
         if not progress.history:
             for name in (self.LAST, self.BEST, self.TEST, self.CURVES, self.SUMMARY):
                 (self.path / name).unlink(missing_ok=True)

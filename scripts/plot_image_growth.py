@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import build_image
 from main import main as run_program
+from tasks.approximation import build_image
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

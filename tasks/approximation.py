@@ -72,13 +72,15 @@ class ApproximationTask(Task):
 
     Args:
         tolerance: A prediction is right where its distance to the value is below this.
+        seed: Nothing is drawn at random.
     """
 
     name = "approximation"
     headline, headline_name, headline_unit = "within", "Within tolerance", "%"
     Options = ApproximationOptions
 
-    def __init__(self, *, tolerance: float = 0.05) -> None:
+    def __init__(self, *, tolerance: float = 0.05, seed: int = 0) -> None:
+        super().__init__(seed=seed)
         self.tolerance = tolerance
 
     def sizes(self, data: Data) -> dict[str, Any]:

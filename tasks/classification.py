@@ -112,6 +112,7 @@ class ClassificationTask(Task):
 
     Args:
         criterion: "CrossEntropy" or "MSE".
+        seed: Nothing is drawn at random.
     """
 
     name = "classification"
@@ -119,7 +120,8 @@ class ClassificationTask(Task):
     features = True
     Options = ClassificationOptions
 
-    def __init__(self, *, criterion: str = "CrossEntropy") -> None:
+    def __init__(self, *, criterion: str = "CrossEntropy", seed: int = 0) -> None:
+        super().__init__(seed=seed)
         self.criterion = criterion
 
     def data_options(self, needs: Needs) -> dict[str, Any]:

@@ -288,8 +288,9 @@ class LanguageTask(Task):
         seed: int = 0,
         uniform: float = 0.01,
     ) -> None:
+        super().__init__(seed=seed)
         self.prompt, self.length = text_prompt, text_prediction_length
-        self.temperature, self.seed, self.uniform = text_temperature, seed, uniform
+        self.temperature, self.uniform = text_temperature, uniform
 
     def sizes(self, data: Data) -> dict[str, Any]:
         """Return the number of features and of characters."""

@@ -338,9 +338,10 @@ class RestorationTask(Task):
         save_images: bool = False,
         seed: int = 0,
     ) -> None:
+        super().__init__(seed=seed)
         self.color, self.crop_size, self.crops_per_image = color, crop_size, crops_per_image
         self.loss_reduction, self.loss_scale = loss_reduction, loss_scale
-        self.tile, self.save_images, self.seed = tile, save_images, seed
+        self.tile, self.save_images = tile, save_images
         self.tile_overlap = min(64, tile // 2) if tile_overlap is None else tile_overlap
 
     def degrade(self, clean: Tensor, generator: torch.Generator | None) -> Tensor:

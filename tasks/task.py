@@ -58,8 +58,11 @@ class Finding:
 class Task:
     """What a batch means, from the files on disk to the line in the results file.
 
-    A subclass says `name`, its headline metric and `Options`, and writes `prepare`, `loss`,
-    `metrics` and `line`. Its constructor takes its options as keywords.
+    A subclass says `name`, its headline metric and `Options`, and writes `metrics`, `line` and, for
+    models that learn by gradient, `loss`. Its constructor takes its options as keywords.
+
+    Args:
+        seed: Seed of what it draws at random.
 
     Attributes:
         name: Its name in `TASKS`.
@@ -81,6 +84,9 @@ class Task:
     features: ClassVar[bool] = False
     treats_files: ClassVar[bool] = False
     Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = seed
 
     # -- data
 

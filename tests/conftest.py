@@ -6,11 +6,13 @@ from torch import nn
 
 import models
 from main import main
+from options import Options
 
 
 class TinyNet(nn.Module):
     """Two layers of the chosen kind and a linear classifier."""
 
+    Options = Options
     family, tasks, training = "Tiny", ("classification",), "gradient"
     uses_layer, min_input_size = True, 1
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import dataset
-from dataset import DataError, ImageArray, build_loader, load_data, split_train
+from dataset import DataError, ImageArray, build_loader, split_train
+from tasks import DATASETS
 
 OPTIONS = {
     "resize": None,
@@ -19,6 +20,10 @@ OPTIONS = {
     "normalize": True,
     "seed": 0,
 }
+
+
+def load_data(name, **options):
+    return DATASETS[name].build(**options)
 
 
 def array(n=20, side=8, channels=1, **options):

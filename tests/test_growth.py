@@ -10,13 +10,14 @@ from PIL import Image
 
 import layers.dynamic as dynamic
 import main as program
-from dataset import TextEncoder, build_text
 from layers.dynamic import DynamicNeighbors
 from layers.prune import prune_centers
 from models.dynamic import DynamicNetwork
-from models.features import PCA, penultimate_features
 from ops.centers.distances import DistanceKernel
-from train_eval import LanguageTask, generate_text, load_checkpoint, mse_to_psnr
+from tasks.features import PCA, penultimate_features
+from tasks.language import LanguageTask, TextEncoder, build_text, generate_text
+from tasks.quality import mse_to_psnr
+from utils import load_checkpoint
 
 TEXT = "the cat sat on the mat and the dog sat on the cat; " * 12
 
@@ -321,7 +322,7 @@ def test_text_encoder():
 
 
 def test_embedded_text():
-    options = {"num_features": 10, "encoding": "ascii", "decay": 1.0}
+    options = {"num_features": 10, "text_encoding": "ascii", "text_decay": 1.0}
     data = build_text(text_path=None, test_text_path=None, **options)
     assert len(data.train) > 8 * len(data.test) > 300_000
     x, y = data.train.__getitems__([0, 5])
@@ -332,7 +333,7 @@ def test_embedded_text():
 
 
 def test_bits_per_character():
-    task = LanguageTask(128, uniform=0.5)
+    task = LanguageTask(uniform=0.5)
     scores = torch.zeros(2, 128)
     scores[0, 3] = scores[1, 4] = 1
     metrics = task.metrics(scores, torch.tensor([3, 3]))

@@ -12,7 +12,7 @@ import torch
 
 import main
 from models.knn import KNNClassifier
-from train_eval import evaluate_neighbors
+from tasks.classification import evaluate_neighbors
 
 FLAGS = ["--model", "knn", "--dataset", "digits", "--device", "cpu"]
 
@@ -109,7 +109,7 @@ def test_flags_without_effect_are_noted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--K", "0"], "K must be one or more different numbers from 1 on"),
+        (["--K", "0"], "--K: must be at least 1 (got 0)"),
         (["--K", "3,3"], "K must be one or more different numbers from 1 on"),
         (["--K", "11", "--limit_train", "10"], "at most the number of samples, 10 (got 11)"),
         (["--leave_one_out", "--val_split", "0.1"], "two ways to choose"),

@@ -11,8 +11,9 @@ import torch
 
 import main as program
 import train_eval
+import trainers
 from layers import LAYERS
-from main import MODEL_FLAGS, build_parser, main
+from main import build_parser, main
 from models import MODELS
 
 PUBLISHED_DEFAULTS = {
@@ -81,13 +82,16 @@ def test_help_prints(capsys):
     assert all(f"--{name}" in text for name in PUBLISHED_DEFAULTS)
 
 
-def test_layer_flags_are_constructor_arguments():
+def test_options_are_constructor_arguments_with_the_same_defaults():
     import inspect
 
-    for name, flags in program.LAYER_FLAGS.items():
-        assert name in LAYERS
-        if name != "Conv2d":
-            assert set(flags) <= set(inspect.signature(LAYERS[name]).parameters), name
+    for table in (LAYERS, MODELS):
+        for name, builder in table.items():
+            owner = builder.func if isinstance(builder, partial) else builder
+            taken = inspect.signature(builder).parameters
+            for each in owner.Options.declared():
+                argument = taken[each.argument or each.name]
+                assert argument.default == each.default, (name, each.name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -108,6 +112,7 @@ def test_run_leaves_a_complete_folder(run, tmp_path):
         "last.pt",
         "best.pt",
         "curves.png",
+        "summary.json",
     }
     text = (folder / "train_eval_results.txt").read_text()
     line = (
@@ -239,7 +244,7 @@ def test_options_run(run, flags):
 
 
 def test_compiled_equals_eager(run, monkeypatch):
-    if not program.has_cpp_compiler():
+    if not trainers.has_cpp_compiler():
         pytest.skip("torch.compile needs a C++ compiler")
     # Compiled code draws its own dropout: compare without.
     monkeypatch.setitem(MODELS, "tiny", partial(MODELS["tiny"], dropout=0))
@@ -294,7 +299,7 @@ def test_notes_flags_without_effect(run, capsys):
         (("--shuffle_pattern", "BA"), "shuffle_scale"),
         (("--layer", "Conv2d", "--kernel_size", 2), "kernel_size"),
         (("--layer", "Conv2d", "--kernel_size", 0), "kernel_size: must be at least 1"),
-        (("--val_split", 1), r"--val_split must lie in \[0, 1\)"),
+        (("--val_split", 1), r"--val_split: must lie in \[0, 1\)"),
         (("--val_split", 0.001), "held|validation"),
         (("--device", "cuda"), "--device cuda: there is none here"),
         (("--test_only",), "needs a checkpoint, and there is none"),
@@ -385,7 +390,3 @@ def test_without_cuda_the_cpu_is_used_and_said(run, capsys, tmp_path):
         pytest.skip("there is a CUDA device here")
     main(["--model", "tiny", "--dataset", "digits", "--limit_train", "8", "--dry_run"])
     assert "No cuda device here: using the cpu." in capsys.readouterr().out
-
-
-def test_model_flags_name_models():
-    assert set(MODEL_FLAGS) <= set(MODELS)

@@ -1,6 +1,7 @@
 import csv
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +9,15 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from dataset import NoisyCrops, NoisyImages
 from main import build_parser, main, parse_arguments
 from models import DnCNN, N3Net
-from models.n3net import PRESETS, load_pretrained
-from models.tiling import forward_in_tiles
-from train_eval import DenoisingTask, build_optimizer, build_scheduler, read_weights
-from utils import psnr, ssim
+from models.n3net import PRESETS
+from tasks.denoising import DenoisingTask
+from tasks.quality import psnr, ssim
+from tasks.restoration import DegradedCrops, DegradedImages
+from tasks.tiling import forward_in_tiles
+from trainers import build_optimizer, build_scheduler
+from utils import load_pretrained, read_weights
 
 close = torch.testing.assert_close
 TINY = {
@@ -210,7 +213,7 @@ def test_loss_optimizer_and_schedule():
     task = DenoisingTask()
     a, b = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 8, 8)
     close(task.loss(a, b), 0.25 * 0.5 * (a - b).square().sum((1, 2, 3)).mean())
-    close(DenoisingTask("mean").loss(a, b), (a - b).square().mean())
+    close(DenoisingTask(loss_reduction="mean").loss(a, b), (a - b).square().mean())
     model = N3Net(**TINY)
     options = {"lr": 1e-3, "weight_decay": 1e-4, "momentum": 0.9}
     optimizer = build_optimizer(model, "adam", decay_bias=False, **options)
@@ -231,12 +234,16 @@ def test_loss_optimizer_and_schedule():
 def test_crops_are_of_every_orientation_and_noise_is_fresh():
     torch.manual_seed(0)
     image = torch.arange(12 * 9, dtype=torch.uint8).view(1, 12, 9)
-    data = NoisyCrops([image], ["a"], crop=9, sigma=25, repeat=200)
+    data = DegradedCrops(
+        [image], ["a"], crop=9, degrade=DenoisingTask(sigma=25).degrade, repeat=200
+    )
     noisy, clean = data.__getitems__(range(200))
     assert len({tuple(c.flatten().tolist()) for c in clean}) == 4 * 8  # places × orientations
     assert (noisy - clean).std().item() == pytest.approx(25 / 255, rel=0.05)
     assert (data[0][0] - data[0][1] != data[0][0] - data[0][1]).any()
-    test = NoisyImages([image, image], ["a", "b"], sigma=25, seed=3)
+    test = DegradedImages(
+        [image, image], ["a", "b"], degrade=DenoisingTask(sigma=25).degrade, seed=3
+    )
     close(test[1][0], test[1][0], rtol=0, atol=0)
     assert (test[0][0] != test[1][0]).any()
     assert test[0][0].min() < 0  # not clipped
@@ -328,11 +335,15 @@ def test_color_and_layers(folders, capsys):
 
 def test_preset_sets_defaults_and_flags_win(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args, _, _ = parse_arguments(build_parser(), ["--preset", "knn_input", "--num_volumes", "3"])
+
+    def parsed(*flags):
+        return SimpleNamespace(**parse_arguments(build_parser(), flags)[0])
+
+    args = parsed("--preset", "knn_input", "--num_volumes", "3")
     assert (args.model, args.nonlocal_block, args.match_on) == ("n3net", "knn", "input")
     assert (args.num_blocks, args.num_volumes, args.dataset) == (1, 3, "photos")
     assert (args.optimizer, args.scheduler, args.clip_grad_norm) == ("adam", "exponential", 0)
-    args, _, _ = parse_arguments(build_parser(), ["--preset", "dncnn18"])
+    args = parsed("--preset", "dncnn18")
     assert (args.model, args.depth, args.layer) == ("dncnn", 18, "Conv2d")
 
 
@@ -341,11 +352,11 @@ BAD = [
     (["--train_dir", "empty"], "--train_dir empty: no images in it"),
     (["--train_dir", "broken"], r"broken/x.png cannot be read as an image"),
     (["--crop_size", "45"], r"train/0.png is 40x50, too small for crops of 45x45"),
-    (["--sigma", "0"], "--sigma 0: the standard deviation of the noise must be above 0"),
+    (["--sigma", "0"], "--sigma: must be above 0 (got 0)"),
     (["--num_volumes", "30"], "K = 30 neighbors asked of 24 candidates"),
     (["--window", "4"], "--window 4 is even"),
     (["--tile", "20"], "the smallest that works is 30"),
-    (["--patch_stride", "12"], "stride must be between 1 and patch_size"),
+    (["--patch_stride", "12"], "stride must be between 1 and --patch_size"),
     (["--input", "test/0.png"], "--input and --output go together"),
     (["--nonlocal_block", "knn", "--match_on", "embedding"], "knn cannot match on an embedding"),
     (["--preset", "dncnn17"], "--preset dncnn17 is a dncnn, not a n3net"),

@@ -8,17 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from train_eval import (
-    ClassificationTask,
-    GradientTrainer,
-    GrowthTrainer,
-    RunFolder,
-    TrainingError,
-    build_optimizer,
-    build_scheduler,
-    evaluate,
-    train_one_epoch,
-)
+from tasks.classification import ClassificationTask
+from train_eval import evaluate, train_one_epoch
+from trainers import GradientTrainer, GrowthTrainer, TrainingError
+from utils import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -30,7 +23,7 @@ def batches(sizes, classes=7):
 
 def test_metrics_by_hand():
     scores = torch.tensor([[0.1, 0.9, 0.0, 0, 0, 0, 0], [7.0, 6, 5, 4, 3, 2, 1]])
-    task = ClassificationTask(7)
+    task = ClassificationTask()
     metrics = task.metrics(scores, torch.tensor([1, 4]))
     assert metrics["top1"].tolist() == [100, 0]
     assert metrics["top5"].tolist() == [100, 100]
@@ -38,26 +31,25 @@ def test_metrics_by_hand():
 
 
 def test_fewer_than_five_classes():
-    metrics = ClassificationTask(2).metrics(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    metrics = ClassificationTask().metrics(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
     assert (metrics["top1"].item(), metrics["top5"].item()) == (0, 100)
 
 
 def test_losses():
     scores, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     torch.testing.assert_close(
-        ClassificationTask(3, "MSE").loss(scores, labels),
+        ClassificationTask(criterion="MSE").loss(scores, labels),
         ((scores - torch.eye(3)[labels]) ** 2).mean(),
     )
     torch.testing.assert_close(
-        ClassificationTask(3).loss(scores, labels), F.cross_entropy(scores, labels)
+        ClassificationTask().loss(scores, labels), F.cross_entropy(scores, labels)
     )
-    assert ClassificationTask(3, None).loss(scores, labels) is None
 
 
 def test_averages_weight_every_sample_equally():
     parts = batches([8, 8, 3])
     whole = [torch.cat(column) for column in zip(*parts, strict=True)]
-    task = ClassificationTask(7)
+    task = ClassificationTask()
     measured = evaluate(nn.Identity(), task, parts, device=CPU)
     assert measured["loss"] == pytest.approx(F.cross_entropy(*whole).item(), rel=1e-6)
     hits = (whole[0].argmax(1) == whole[1]).double().mean().item()
@@ -66,15 +58,17 @@ def test_averages_weight_every_sample_equally():
 
 def test_max_batches():
     parts = batches([4, 4, 4])
-    task = ClassificationTask(7)
+    task = ClassificationTask()
     assert evaluate(nn.Identity(), task, parts, device=CPU, max_batches=1) == evaluate(
         nn.Identity(), task, parts[:1], device=CPU
     )
 
 
 def trainer_of(model, **options):
-    optimizer = build_optimizer(model, "sgd", lr=0.5, weight_decay=0.0, momentum=0.0)
-    return GradientTrainer(model, ClassificationTask(3), optimizer, device=CPU, **options)
+    sgd = {"optimizer": "sgd", "lr": 0.5, "weight_decay": 0.0, "momentum": 0.0}
+    return GradientTrainer(
+        model, ClassificationTask(), device=CPU, **(sgd | {"num_epochs": 1} | options)
+    )
 
 
 def test_a_step_by_hand():
@@ -106,15 +100,12 @@ def test_loss_that_is_not_finite_names_epoch_and_step():
 
 
 def rates(name, epochs=6, **options):
-    model = nn.Linear(2, 3)
-    optimizer = build_optimizer(model, "sgd", lr=1.0, weight_decay=0.0, momentum=0.9)
     options = {"num_epochs": epochs, "lr_step": 2, "lr_gamma": 0.1} | options
-    scheduler = build_scheduler(optimizer, name, **options)
-    trainer = GradientTrainer(model, ClassificationTask(3), optimizer, scheduler, device=CPU)
+    trainer = trainer_of(nn.Linear(2, 3), scheduler=name, lr=1.0, **options)
     seen = []
     for _ in range(epochs):
         seen.append(trainer.columns()["lr"])
-        optimizer.step()
+        trainer.optimizer.step()
         trainer.end_epoch(50.0)
     return seen
 
@@ -129,10 +120,8 @@ def test_schedules():
 
 
 def test_plateau_keeps_the_rate_while_accuracy_rises():
-    model = nn.Linear(2, 3)
-    optimizer = build_optimizer(model, "sgd", lr=1.0, weight_decay=0.0, momentum=0.9)
-    scheduler = build_scheduler(optimizer, "plateau", num_epochs=9, lr_step=1, lr_gamma=0.1)
-    trainer = GradientTrainer(model, ClassificationTask(3), optimizer, scheduler, device=CPU)
+    schedule = {"scheduler": "plateau", "lr_step": 1, "lr_gamma": 0.1}
+    trainer = trainer_of(nn.Linear(2, 3), lr=1.0, num_epochs=9, **schedule)
     for accuracy in range(10, 90, 10):
         trainer.end_epoch(float(accuracy))
     assert trainer.columns()["lr"] == 1.0
@@ -141,13 +130,11 @@ def test_plateau_keeps_the_rate_while_accuracy_rises():
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_optimizers_lower_a_loss(name):
     torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    optimizer = build_optimizer(model, name, lr=0.1, weight_decay=1e-6, momentum=0.9)
-    trainer = GradientTrainer(model, ClassificationTask(3), optimizer, device=CPU)
+    trainer = trainer_of(nn.Linear(4, 3), optimizer=name, lr=0.1, momentum=0.9)
     batch = (torch.randn(30, 4), torch.randint(3, (30,)))
     losses = [trainer.step(batch)["loss"].mean().item() for _ in range(20)]
     assert losses[-1] < losses[0]
-    trainer.check(1, 20)
+    trainer.finite(1, 20)
 
 
 def test_growth_trainer_reports_centers():
@@ -158,7 +145,7 @@ def test_growth_trainer_reports_centers():
             self.num_centers += len(inputs)
             return F.one_hot(targets, 3).float()
 
-    trainer = GrowthTrainer(Memory(), ClassificationTask(3, None), device=CPU)
+    trainer = GrowthTrainer(Memory(), ClassificationTask(), device=CPU)
     metrics = trainer.step((torch.zeros(5, 2), torch.tensor([0, 1, 2, 0, 1])))
     assert metrics["top1"].tolist() == [100] * 5
     assert trainer.columns() == {"centers": 5}

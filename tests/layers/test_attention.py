@@ -208,7 +208,7 @@ def test_mixed_precision():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention_dropout": 1.5}, r"attention_dropout must lie between 0 and 1 \(got 1.5\)"),
+        ({"attention_dropout": 1.5}, r"attention_dropout must lie in \[0, 1\] \(got 1.5\)"),
         ({"K": 0}, r"K must be at least 1 \(got 0\)"),
         ({"num_samples": 4}, r"sampling_type all needs num_samples -1 \(got 4\)"),
         ({"sampling_type": "random"}, r"sampling_type random needs num_samples >= 1"),

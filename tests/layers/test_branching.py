@@ -95,10 +95,10 @@ def test_published_names_load(dims):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"branch_ratio": 1.1}, r"branch_ratio must lie between 0 and 1 \(got 1.1\)"),
-        ({"branch_ratio": -0.1}, r"branch_ratio must lie between 0 and 1 \(got -0.1\)"),
+        ({"branch_ratio": 1.1}, r"branch_ratio must lie in \[0, 1\] \(got 1.1\)"),
+        ({"branch_ratio": -0.1}, r"branch_ratio must lie in \[0, 1\] \(got -0.1\)"),
         ({"kernel_size": 4}, r"kernel_size must be odd and at least 1 \(got 4\)"),
-        ({"kernel_size": 0}, r"kernel_size must be odd and at least 1 \(got 0\)"),
+        ({"kernel_size": 0}, r"kernel_size must be at least 1 \(got 0\)"),
         ({"K": 0}, r"K must be at least 1 \(got 0\)"),
         ({"K": 0, "branch_ratio": 0}, r"K must be at least 1 \(got 0\)"),
         ({"num_samples": 3}, r"sampling_type all needs num_samples -1 \(got 3\)"),

@@ -293,9 +293,9 @@ BAD = [
     ({"aggregation_type": "x"}, r"aggregation_type must be one of Col, Loc_Col \(got 'x'\)"),
     ({"shuffle_pattern": "AB"}, r"shuffle_pattern must be one of BA, NA, B, A \(got 'AB'\)"),
     ({"shuffle_pattern": "BA"}, r"shuffle_pattern BA needs shuffle_scale >= 1 \(got 0\)"),
-    ({"shuffle_scale": -1}, r"shuffle_scale must not be negative \(got -1\)"),
-    ({"lambda_param": 1.5}, r"lambda_param must lie between 0 and 1 \(got 1.5\)"),
-    ({"lambda_param": -0.1}, r"lambda_param must lie between 0 and 1 \(got -0.1\)"),
+    ({"shuffle_scale": -1}, r"shuffle_scale must be at least 0 \(got -1\)"),
+    ({"lambda_param": 1.5}, r"lambda_param must lie in \[0, 1\] \(got 1.5\)"),
+    ({"lambda_param": -0.1}, r"lambda_param must lie in \[0, 1\] \(got -0.1\)"),
 ]
 
 

@@ -85,5 +85,5 @@ def test_any_layer_inside(name):
 
 
 def test_bad_depth():
-    with pytest.raises(ValueError, match="depth must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"depth must be at least 2 \(got 1\)"):
         DnCNN(depth=1)

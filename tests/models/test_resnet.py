@@ -100,7 +100,7 @@ def test_checkpoints_with_one_of_two_names_load(kept):
 def test_errors():
     with pytest.raises(ValueError, match=r"depth must be one of 18, 34 \(got 50\)"):
         ResNet(layer=LAYERS["Conv2d"], depth=50)
-    with pytest.raises(ValueError, match=r"downsample must be stride or none \(got 'pool'\)"):
+    with pytest.raises(ValueError, match=r"downsample must be one of stride, none \(got 'pool'\)"):
         ResNet(layer=LAYERS["Conv2d"], downsample="pool")
     with pytest.raises(ValueError, match=r"at least 8 x 8 pixels \(got 4 x 4\)"):
         meta("resnet18")(torch.empty(1, 3, 4, 4, device="meta"))
