@@ -34,13 +34,18 @@ class KNNOptions(Options):
     """Who votes, and how."""
 
     title = "K nearest neighbors (--model knn; --K and --magnitude_type are above)"
-    K: int = option(1, "number of neighbors; several at once: 1,3,5", least=1, several="commas")
-    magnitude_type: str = option("cosine", "metric", choices=METRICS, argument="metric")
+    K: int = option(
+        1, "number of neighbors; several at once: 1,3,5", least=1, several="commas", fixed=False
+    )
+    magnitude_type: str = option(
+        "cosine", "metric", choices=METRICS, argument="metric", fixed=False
+    )
     vote: str = option(
         "majority",
         "neighbors count the same and ties go to the nearer (majority) or to the lowest class "
         "(majority_lowest, as in scikit-learn), or they count by 1 / distance",
         choices=VOTES,
+        fixed=False,
     )
     knn_precision: str = option(
         "auto",
@@ -48,6 +53,7 @@ class KNNOptions(Options):
         "either way",
         choices=("auto", "float32"),
         argument="precision",
+        fixed=False,
     )
 
 
