@@ -51,6 +51,26 @@ def attend_neighbors(
     Returns:
         (B, M, C). Under autocast in its type; scores are computed in float32.
     """
+    _check(q, k, v, indices, weight, metric)
+    q, k, v, weight, bias = match_autocast(q, k, v, weight, bias)
+    out_dtype = v.dtype
+    if out_dtype != torch.float64:  # half precision: softmax and sums in float32
+        q, k, v, weight = q.float(), k.float(), v.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    if metric == "cosine":
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    keep = None
+    if training and dropout_p > 0:
+        keep = F.dropout(q.new_ones(q.shape[0], *indices.shape[-2:]), dropout_p)
+    fixed, score = self_score is not None, self_score or 0.0
+    y, _ = torch.ops.neighbors.attend(
+        q, k, v, indices, weight, bias, metric == "euclidean", fixed, score, keep
+    )
+    return y.to(out_dtype)
+
+
+def _check(q, k, v, indices, weight, metric: str) -> None:
+    """Refuse what `attend_neighbors` cannot attend over."""
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)} (got {metric!r})")
     if v.shape != q.shape or k.shape[::2] != q.shape[::2] or weight.shape[0] != q.shape[2]:
@@ -65,29 +85,6 @@ def attend_neighbors(
             f"indices must end in (M, K) = {(k.shape[1], weight.shape[1])}, got "
             f"{tuple(indices.shape)}"
         )
-    q, k, v, weight, bias = match_autocast(q, k, v, weight, bias)
-    out_dtype = v.dtype
-    if out_dtype != torch.float64:  # half precision: softmax and sums in float32
-        q, k, v, weight = q.float(), k.float(), v.float(), weight.float()
-        bias = None if bias is None else bias.float()
-    if metric == "cosine":
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    keep = None
-    if training and dropout_p > 0:
-        keep = F.dropout(q.new_ones(q.shape[0], *indices.shape[-2:]), dropout_p)
-    y, _ = torch.ops.neighbors.attend(
-        q,
-        k,
-        v,
-        indices,
-        weight,
-        bias,
-        metric == "euclidean",
-        self_score is not None,
-        0.0 if self_score is None else self_score,
-        keep,
-    )
-    return y.to(out_dtype)
 
 
 @without_autocast

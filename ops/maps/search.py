@@ -72,6 +72,21 @@ def nearest_neighbors(
         >>> nearest_neighbors(keys[:, :1], keys, 2, "euclidean")[1]
         tensor([[[0, 1]]])
     """
+    _check(queries, keys, K, metric, self_index, exclude_self, candidates)
+    return torch.ops.neighbors.search(
+        None if queries is None else queries.detach(),
+        keys.detach(),
+        K,
+        metric,
+        self_index,
+        exclude_self,
+        candidates,
+        max_bytes or 0,
+    )
+
+
+def _check(queries, keys, K, metric, self_index, exclude_self, candidates) -> None:
+    """Refuse what `nearest_neighbors` cannot search."""
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)} (got {metric!r})")
     if keys.dim() != 3 or (queries is not None and queries.dim() != 3):
@@ -105,16 +120,6 @@ def nearest_neighbors(
             f"K={K} is larger than the number of candidates, {available}: there are no more "
             "neighbors to find"
         )
-    return torch.ops.neighbors.search(
-        None if queries is None else queries.detach(),
-        keys.detach(),
-        K,
-        metric,
-        self_index,
-        exclude_self,
-        candidates,
-        max_bytes or 0,
-    )
 
 
 def prepare(
@@ -192,10 +197,7 @@ def search_torch(
     if candidates is not None:
         names = candidates.expand(b, count)
         k = take_rows(k, names)
-        if own is not None:  # where each query stands among the candidates; count: nowhere
-            places = names.new_full((b, n), count)
-            places.scatter_(1, names, torch.arange(count, device=k.device).expand_as(names))
-            own = places.gather(1, own)
+        own = None if own is None else _places(own, names, n)
     half_square = k.square().sum(-1)[:, None] / -2 if metric == "euclidean" else None
     # Rows of scores are laid out with the length their top-K likes best; what is added is -inf.
     block = block_size(count, K - first + 1)
@@ -211,15 +213,9 @@ def search_torch(
         if buffer is None:
             buffer = keys.new_full((*rows.shape[:2], width), -math.inf)
         table = buffer[: len(rows), : rows.shape[1]]
-        s = table[..., :count]
-        if half_square is not None:  # q·k - |k|²/2 ranks as the distance does
-            torch.baddbmm(half_square[samples], rows, k[samples].mT, out=s)
-        elif len(rows) == 1:
-            torch.mm(rows[0], k[samples.start].T, out=s[0])
-        else:
-            torch.bmm(rows, k[samples].mT, out=s)
+        _score(rows, k[samples], None if half_square is None else half_square[samples], table)
         if own is not None:
-            _mask_own(s, own[samples, part], candidates is not None)
+            _mask_own(table[..., :count], own[samples, part], candidates is not None)
         v, j = best_of_rows_torch(table.reshape(-1, width), K - first)
         v, j = v.view(*rows.shape[:2], -1), j.view(*rows.shape[:2], -1)
         if half_square is not None:
@@ -240,6 +236,25 @@ def _(queries, keys, K, metric, self_index, exclude_self, candidates, max_bytes)
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     shape = (keys.shape[0], m, K)
     return keys.new_empty(shape, dtype=dtype), keys.new_empty(shape, dtype=torch.int64)
+
+
+def _places(own: Tensor, names: Tensor, n: int) -> Tensor:
+    """Where each of n keys named by `own` (B, M) stands among the candidates; N' for nowhere."""
+    count = names.shape[1]
+    places = names.new_full((len(names), n), count)
+    places.scatter_(1, names, torch.arange(count, device=names.device).expand_as(names))
+    return places.gather(1, own)
+
+
+def _score(rows: Tensor, keys: Tensor, half_square: Tensor | None, table: Tensor) -> None:
+    """Write the scores of rows (B, M, C) and keys (B, N, C) into the first N columns of a table."""
+    s = table[..., : keys.shape[1]]
+    if half_square is not None:  # q·k - |k|²/2 ranks as the distance does
+        torch.baddbmm(half_square, rows, keys.mT, out=s)
+    elif len(rows) == 1:
+        torch.mm(rows[0], keys[0].T, out=s[0])
+    else:
+        torch.bmm(rows, keys.mT, out=s)
 
 
 def _mask_own(s: Tensor, own: Tensor, may_be_absent: bool) -> None:

@@ -218,14 +218,20 @@ def _shortlist(
                 continue
             costs, bound, shift[part] = _approximate(x.part(part), y, mean, metric, mode)
             error[part] = torch.maximum(error[part], bound)
-            new, local = _smallest(costs, min(length, len(key_rows)))
-            if start == 0:
-                values[part, : new.shape[1]], labels[part, : new.shape[1]] = new, local
-                continue
-            merged = torch.cat([values[part], new], 1)
-            values[part], order = merged.topk(length, dim=1, largest=False, sorted=False)
-            labels[part] = torch.cat([labels[part], local + start], 1).gather(1, order)
+            _keep_smallest(costs, start, values[part], labels[part])
     return values, labels, error, shift
+
+
+def _keep_smallest(costs: Tensor, start: int, values: Tensor, labels: Tensor) -> None:
+    """Count costs (M, N) of the keys from number `start` on in the shortlist (M, L)."""
+    length = values.shape[1]
+    new, local = _smallest(costs, min(length, costs.shape[1]))
+    if start == 0:
+        values[:, : new.shape[1]], labels[:, : new.shape[1]] = new, local
+        return
+    merged, order = torch.cat([values, new], 1).topk(length, dim=1, largest=False, sorted=False)
+    values.copy_(merged)
+    labels.copy_(torch.cat([labels, local + start], 1).gather(1, order))
 
 
 def _int8_products(x: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from ops.budget import DEFAULT_MAX_BYTES, chunk_bytes, pieces
+from ops.budget import DEFAULT_MAX_BYTES, check_memory, chunk_bytes, pieces
 
 
 def test_long_rows_get_more_room_but_not_without_bound():
@@ -18,3 +19,9 @@ def test_pieces_cover_everything_once_within_the_budget():
             assert seen[samples, part].numel() <= max(1, rows)
             seen[samples, part] += 1
         assert (seen == 1).all()
+
+
+def test_memory_check_knows_this_machine():
+    with pytest.raises(MemoryError, match="bytes needed"):
+        check_memory(1 << 60, torch.device("cpu"))
+    check_memory(1, torch.device("cpu"))
