@@ -16,11 +16,12 @@ from dataset import Data, DataError, DataOptions, image_side
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
+from ops.shapes import rehearse
 from options import Option, Options, merge_options, option
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
 from trainers import TRAINERS, Trainer
-from utils import describe_model, load_checkpoint, load_weights, memory_size, rehearse
+from utils import describe_model, load_checkpoint, load_weights, memory_size
 
 __all__ = [
     "Choice",
