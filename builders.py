@@ -356,6 +356,8 @@ def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = 
             model = build_model(values, choice, sizes)
     except ValueError as error:
         raise ValueError(f"--model {choice.model}: {error}") from error
+    except RuntimeError as error:  # a parameter of more bytes than a number can say
+        raise ValueError(f"{choice} cannot be built on any machine: {error}") from error
     task.check_model(model)
     if shape is not None and choice.trainer_type.rehearses and task.name == "classification":
         rehearse(model, shape)
