@@ -36,33 +36,52 @@ class ConvOptions(Options):
 
 
 @dataclass(frozen=True)
+class PlainConvOptions(ConvOptions):
+    """An ordinary convolution."""
+
+    dilation: int = option(1, "distance between the taps of Conv2d, in positions", least=1)
+
+
+@dataclass(frozen=True)
 class ConvNewOptions(AggregationOptions, ShuffleOptions, ConvOptions):
     """A convolution with shuffle and coordinate channels."""
 
 
 def same_conv(
-    in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, *, ndim: int = 2
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    stride: int = 1,
+    *,
+    dilation: int = 1,
+    ndim: int = 2,
 ) -> nn.Conv1d | nn.Conv2d:
     """Build a convolution that keeps the size of the map but for the stride.
 
     Args:
         in_channels: C.
         out_channels: O.
-        kernel_size: odd; the border of zeros is (kernel_size - 1) / 2 wide.
+        kernel_size: odd; the border of zeros is dilation * (kernel_size - 1) / 2 wide.
         stride: s; sides become ceil(side / s).
+        dilation: distance between two taps.
         ndim: 1 or 2 axes.
 
     Raises:
         ValueError: if the kernel is even or empty, or the stride below 1.
     """
-    ConvOptions(kernel_size=kernel_size)
+    PlainConvOptions(kernel_size=kernel_size, dilation=dilation)
     check_at_least("stride", stride, 1, "the step between output positions")
     return _CONVS[ndim](
-        in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
     )
 
 
-same_conv.Options = ConvOptions
+same_conv.Options = PlainConvOptions
 
 
 class _ConvNew(nn.Module):

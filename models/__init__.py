@@ -24,6 +24,7 @@ from functools import partial
 
 from torch import nn
 
+from models.convnet import ConvNet
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
@@ -35,6 +36,7 @@ __all__ = [
     "MODELS",
     "PRESETS",
     "VGG",
+    "ConvNet",
     "DnCNN",
     "DynamicNetwork",
     "KNNClassifier",
@@ -51,6 +53,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg19": partial(VGG, depth=19),
     "resnet18": partial(ResNet, depth=18),
     "resnet34": partial(ResNet, depth=34),
+    "convnet": ConvNet,
     "dncnn": DnCNN,
     "n3net": N3Net,
     "dynamic": DynamicNetwork,

@@ -21,6 +21,14 @@ from options import Options
 from tasks.approximation import ApproximationTask, PictureOptions, build_image
 from tasks.classification import ClassificationTask
 from tasks.denoising import DenoisingTask
+from tasks.generated import (
+    CopyOptions,
+    MatchOptions,
+    RecallOptions,
+    build_copy,
+    build_match,
+    build_recall,
+)
 from tasks.language import LanguageTask, TextOptions, build_text
 from tasks.restoration import CleanFoldersOptions, build_denoise, build_photos
 from tasks.task import Finding, Needs, Task
@@ -100,6 +108,9 @@ DATASETS: dict[str, DatasetEntry] = {
     "digits": _labelled(build_digits, (1, 8, 8), 10),
     "imagefolder": _labelled(build_imagefolder),
     "npz": _labelled(build_npz),
+    "recall": DatasetEntry(("classification",), build_recall, RecallOptions),
+    "match": DatasetEntry(("classification",), build_match, MatchOptions),
+    "copy": DatasetEntry(("classification",), build_copy, CopyOptions),
     "denoise": DatasetEntry(("denoising",), build_denoise, CleanFoldersOptions),
     "photos": DatasetEntry(("denoising",), build_photos),
     "image": DatasetEntry(("approximation",), build_image, PictureOptions),
