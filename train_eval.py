@@ -291,7 +291,7 @@ def fit(
     return progress
 
 
-def summarize(trainer: Any, run: Run, progress: Progress, judge: str) -> None:
+def summarize(trainer: Any, run: Run, progress: Progress, judge: str, **more: Any) -> None:
     """Write ``summary.json``."""
     task, arguments = run.task, run.arguments
     total, trainable = count_parameters(trainer.model)
@@ -311,6 +311,7 @@ def summarize(trainer: Any, run: Run, progress: Progress, judge: str) -> None:
         parameters=total,
         trainable_parameters=trainable,
         seconds=sum(row["seconds"] for row in progress.times),
+        **more,
     )
 
 
@@ -365,6 +366,7 @@ def train(
     if data.val is not None and not trainer.tests_itself:
         use_best()
         results["test"] = evaluation(data.test)
+        summarize(trainer, run, progress, next(iter(run.sets)), test=results["test"])
         folder.write_line(
             f"The best epoch was chosen on {len(data.val)} held-out training samples. "
             f"[Test at Epoch {progress.best_epoch}] {task.line(results['test'])}"

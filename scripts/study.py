@@ -1,0 +1,422 @@
+"""Run a study: every setting with several seeds, then its table and its figure.
+
+    python scripts/study.py --list                 # what each study answers and costs
+    python scripts/study.py recall                 # run what is missing, then report
+    DRY_RUN=1 python scripts/study.py recall       # print the commands and run nothing
+    python scripts/study.py recall --minutes 30    # begin no further run after half an hour
+
+Runs go to Output/studies/<study>/<setting>/seed<n>. A finished run is kept, an interrupted one gone
+on with; one that fails is named at the end and does not stop the rest. Seeds come in the outer
+loop: a study cut short has the same seeds of every setting.
+
+The best epoch is chosen on held-out training data, and its test value is taken once. The report
+lies in docs/studies: <study>.md (mean ± standard deviation over seeds, the difference to the
+reference, and whether it is more than two standard deviations), <study>.csv (every epoch of every
+run) and <study>.png.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils import RunFolder, atomic_path, write_text
+
+SMALL = (
+    "--model convnet --device cpu --batch_size 64 --num_epochs 6 --optimizer adam --lr 3e-3 "
+    "--scheduler cosine --val_split 0.1"
+)
+BRANCHING = "--layer Branching --width 22"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question.
+
+    Attributes:
+        answers: The question.
+        cost: What a seed of all settings takes.
+        base: Flags of every run.
+        settings: Further flags by name; the first one is the reference.
+        seeds: How many seeds.
+    """
+
+    answers: str
+    cost: str
+    base: str
+    settings: dict[str, str] = field(default_factory=dict)
+    seeds: int = 3
+
+
+RIVALS = {
+    "Conv2d": "--layer Conv2d --width 24",
+    "Branching": BRANCHING,
+    "Branching, neighbors by location": f"{BRANCHING} --similarity_type Loc",
+    "Branching, ratio 0 (no neighbors)": f"{BRANCHING} --branch_ratio 0",
+    "ConvNN": "--layer ConvNN --width 24",
+    "Conv2d, 8 layers": "--layer Conv2d --depth 8 --width 16",
+    "Conv2d, dilation 3": "--layer Conv2d --width 24 --dilation 3",
+    "Conv2d, 7x7": "--layer Conv2d --width 10 --kernel_size 7",
+    "Conv2d, pooled twice": "--layer Conv2d --width 24 --pool_after 1,2",
+    "ConvNN_Attn": "--layer ConvNN_Attn --width 31",
+    "Branching_Attn": "--layer Branching_Attn --width 23",
+}
+
+STUDIES = {
+    "recall": Study(
+        "Which bar has the color of the plus: what finds it, at equal parameters?",
+        "about 5 minutes on one thread",
+        f"{SMALL} --dataset recall",
+        RIVALS,
+        seeds=5,
+    ),
+    "recall_repeat": Study(
+        "The same where orientations may repeat (counting alone gives 53 %)",
+        "about 2 minutes on one thread",
+        f"{SMALL} --dataset recall --repeat",
+        {name: RIVALS[name] for name in list(RIVALS)[:4]},
+    ),
+    "recall_noise": Study(
+        "The same with pixel noise of 0.1",
+        "about 2 minutes on one thread",
+        f"{SMALL} --dataset recall --noise 0.1",
+        {name: RIVALS[name] for name in list(RIVALS)[:2]},
+    ),
+    "recall_resnet": Study(
+        "Does a network of 11 million parameters need neighbors?",
+        "about 15 minutes on one thread",
+        f"{SMALL} --dataset recall --model resnet18",
+        {"Conv2d": "--layer Conv2d"},
+        seeds=1,
+    ),
+    "match": Study(
+        "Are two framed patches of one hue?",
+        "about 5 minutes on one thread",
+        f"{SMALL} --dataset match",
+        RIVALS,
+    ),
+    "copy": Study(
+        "Is a block of noise repeated somewhere?",
+        "about 5 minutes on one thread",
+        f"{SMALL} --dataset copy",
+        {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN")},
+    ),
+    "digits": Study(
+        "Digits of 8 x 8 pixels: local shape, where neighbors are not expected to help",
+        "about 2 minutes on one thread",
+        f"{SMALL} --dataset digits --num_epochs 20",
+        {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
+    ),
+    "branch_ratio": Study(
+        "Which part of the channels should neighbors make? (published: 0.5 on CIFAR-10)",
+        "about 6 minutes on one thread",
+        f"{SMALL} {BRANCHING} --dataset recall",
+        {
+            f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
+            for eighths in (4, 0, 1, 2, 3, 5, 6, 7, 8)
+        },
+    ),
+    "branch_ratio_digits": Study(
+        "The same on digits",
+        "about 4 minutes on one thread",
+        f"{SMALL} {BRANCHING} --dataset digits --num_epochs 20",
+        {
+            f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
+            for eighths in (4, 0, 1, 2, 3, 5, 6, 7, 8)
+        },
+    ),
+    "K": Study(
+        "How many neighbors, at about 16,000 parameters?",
+        "about 4 minutes on one thread",
+        f"{SMALL} --layer Branching --dataset recall",
+        {
+            "K 9": "--K 9 --width 22",
+            "K 4": "--K 4 --width 26",
+            "K 16": "--K 16 --width 19",
+            "K 25": "--K 25 --width 17",
+        },
+    ),
+    "sampling": Study(
+        "What do fewer candidates cost?",
+        "about 4 minutes on one thread",
+        f"{SMALL} {BRANCHING} --dataset recall",
+        {
+            "all": "",
+            **{f"random {n}": f"--sampling_type random --num_samples {n}" for n in (32, 64, 128)},
+            **{f"spatial {n}": f"--sampling_type spatial --num_samples {n}" for n in (5, 8)},
+        },
+    ),
+    "similarity": Study(
+        "What to compare, and what to aggregate?",
+        "about 5 minutes on one thread",
+        f"{SMALL} {BRANCHING} --dataset recall",
+        {
+            f"{compared}, {taken}": f"--similarity_type {compared} --aggregation_type {taken}"
+            for compared in ("Col", "Loc", "Loc_Col")
+            for taken in ("Col", "Loc_Col")
+        },
+    ),
+    "lambda": Study(
+        "How to weigh features against coordinates?",
+        "about 4 minutes on one thread",
+        f"{SMALL} {BRANCHING} --dataset recall --similarity_type Loc_Col",
+        {f"lambda {value}": f"--lambda_param {value}" for value in (0.5, 0.0, 0.25, 0.75, 1.0)},
+    ),
+    "lr": Study(
+        "Which learning rate?",
+        "about 4 minutes on one thread",
+        f"{SMALL} {BRANCHING} --dataset recall",
+        {f"lr {value}": f"--lr {value}" for value in ("3e-3", "3e-4", "1e-3", "1e-2")},
+    ),
+    "denoising": Study(
+        "Which layer for the inner convolutions of a small DnCNN? (needs Set12 and BSD in ./Data)",
+        "about 10 minutes on one thread",
+        "--model dncnn --depth 6 --features 24 --dataset photos --device cpu --num_epochs 5",
+        {name: f"--layer {name}" for name in ("Conv2d", "ConvNN", "Branching")},
+    ),
+    "growing": Study(
+        "Which kernel should a growing network take?",
+        "about 3 minutes on one thread",
+        "--model dynamic --dataset digits --device cpu --num_epochs 3",
+        {"default": ""},
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+
+
+def slug(name: str) -> str:
+    """Return a name that folders may have."""
+    return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in name).split())
+
+
+def folder_of(study: str, setting: str, seed: int) -> Path:
+    return ROOT / "Output" / "studies" / study / slug(setting) / f"seed{seed}"
+
+
+def is_finished(folder: Path) -> bool:
+    results = folder / RunFolder.RESULTS
+    lines = results.read_text("utf-8").splitlines() if results.is_file() else []
+    return any(line.startswith(("Max ", "Min ")) for line in lines)
+
+
+def command_of(study: str, setting: str, seed: int) -> list[str]:
+    """Return the command that begins a run, or goes on with it."""
+    folder = folder_of(study, setting, seed)
+    place = ["--output_dir", str(folder.relative_to(ROOT))]
+    if (folder / RunFolder.LAST).exists():
+        return ["main.py", "--resume", *place]
+    table = STUDIES[study]
+    flags = shlex.split(f"{table.base} {table.settings[setting]}")
+    return ["main.py", *flags, "--seed", str(seed), *place]
+
+
+def run_study(name: str, seeds: int, *, dry: bool, until: float) -> list[str]:
+    """Run what is missing; return the runs that failed."""
+    failed = []
+    for seed in range(seeds):
+        for setting in STUDIES[name].settings:
+            folder = folder_of(name, setting, seed)
+            if is_finished(folder):
+                continue
+            command = command_of(name, setting, seed)
+            if dry:
+                print(shlex.join(["python", *command]))
+                continue
+            if time.monotonic() > until:
+                return failed
+            print(f"{name}: {setting}, seed {seed}", flush=True)
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+            )
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                failed.append(f"{setting}, seed {seed}: {last}")
+                print(f"  failed: {last}", flush=True)
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------
+# Reporting
+
+
+def read_results(name: str) -> dict[str, list[dict]]:
+    """Read the finished runs of a study: summaries with "history" and "seed", by setting."""
+    found: dict[str, list[dict]] = {}
+    for setting in STUDIES[name].settings:
+        for folder in sorted(folder_of(name, setting, 0).parent.glob("seed*")):
+            if not is_finished(folder):
+                continue
+            summary = json.loads((folder / RunFolder.SUMMARY).read_text("utf-8"))
+            with open(folder / RunFolder.METRICS, newline="") as file:
+                summary["history"] = list(csv.DictReader(file))
+            summary["seed"] = int(folder.name.removeprefix("seed"))
+            test = summary.get("test")
+            metric = summary["headline"].partition("_")[2]
+            summary["value"] = summary["best"] if test is None else test[metric]
+            found.setdefault(setting, []).append(summary)
+    return found
+
+
+def spread(values: list[float]) -> float:
+    """Return the standard deviation over seeds; NaN for a single one."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def verdict(values: list[float], reference: list[float], *, higher: bool) -> str:
+    """Say whether two settings differ by more than two standard deviations of the difference."""
+    if min(len(values), len(reference)) < 3:
+        return "fewer than 3 seeds"
+    difference = statistics.mean(values) - statistics.mean(reference)
+    noise = math.hypot(spread(values), spread(reference))
+    if abs(difference) <= 2 * noise:
+        return "within the noise"
+    return "better" if (difference > 0) == higher else "worse"
+
+
+def report_table(name: str, results: dict[str, list[dict]]) -> str:
+    """Word a study as a page of Markdown."""
+    study, first = STUDIES[name], next(iter(results.values()))[0]
+    reference = [run["value"] for run in next(iter(results.values()))]
+    lines = [
+        f"# {name}",
+        "",
+        f"{study.answers}",
+        "",
+        f"Every run: `python main.py {study.base} --seed <n>` and the flags of the row. Cost of one "
+        f"seed: {study.cost}.",
+        "",
+        f"| setting | flags | parameters | {first['headline_name']} {first['headline_unit']}, "
+        "mean ± sd | each seed | against the first row | seconds |",
+        "|---|---|--:|--:|---|---|--:|",
+    ]
+    for setting, flags in study.settings.items():
+        runs = results.get(setting)
+        if not runs:
+            lines.append(f"| {setting} | `{flags}` | | not run | | | |")
+            continue
+        values = [run["value"] for run in runs]
+        deviation = f" ± {spread(values):.1f}" if len(values) > 1 else ""
+        judged = verdict(values, reference, higher=first["higher_is_better"])
+        lines.append(
+            f"| {setting} | `{flags}` | {runs[0]['parameters']:,} "
+            f"| {statistics.mean(values):.1f}{deviation} "
+            f"| {', '.join(f'{value:.1f}' for value in values)} "
+            f"| {'reference' if values is reference or setting == next(iter(results)) else judged} "
+            f"| {statistics.mean(run['seconds'] for run in runs):.0f} |"
+        )
+    lines += [
+        "",
+        "Seconds are those of training and validation on a shared machine: they rank nothing.",
+        f"Every epoch of every run is in [{name}.csv]({name}.csv).",
+        "",
+        f"![{name}]({name}.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_history(path: Path, results: dict[str, list[dict]]) -> None:
+    """Write every epoch of every run as one small CSV file."""
+    rows = []
+    for setting, runs in results.items():
+        for run in runs:
+            for row in run["history"]:
+                short = {key: f"{float(value):.6g}" for key, value in row.items() if value}
+                rows.append({"setting": setting, "seed": run["seed"], **short})
+            metric = run["headline"].partition("_")[2]
+            rows[-1][f"chosen_test_{metric}"] = f"{run['value']:.6g}"
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_figure(name: str, path: Path, results: dict[str, list[dict]]) -> None:
+    """Draw a bar for every setting, its deviation and a point for every seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(results)), layout="constrained")
+    axis = figure.subplots()
+    for place, (setting, runs) in enumerate(results.items()):
+        values = [run["value"] for run in runs]
+        color = "tab:orange" if "--layer Conv2d" in STUDIES[name].settings[setting] else "tab:blue"
+        error = spread(values) if len(values) > 1 else 0.0
+        axis.barh(place, statistics.mean(values), xerr=error, color=color, alpha=0.6, capsize=3)
+        axis.plot(values, [place] * len(values), "k.", markersize=4)
+    axis.set_yticks(range(len(results)), list(results))
+    axis.invert_yaxis()
+    first = next(iter(results.values()))[0]
+    axis.set(
+        xlabel=f"test {first['headline_name'].lower()}, {first['headline_unit']}: mean, sd, seeds",
+        title=STUDIES[name].answers,
+    )
+    axis.title.set_fontsize(9)
+    axis.grid(axis="x", alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def report(name: str, folder: Path) -> None:
+    """Write the page, the numbers and the figure of a study, of what is finished."""
+    results = read_results(name)
+    if not results:
+        print(f"{name}: no run is finished yet")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_history(folder / f"{name}.csv", results)
+    draw_figure(name, folder / f"{name}.png", results)
+    write_text(folder / f"{name}.md", report_table(name, results))
+    print(f"{name}: {folder / f'{name}.md'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help="which; see --list")
+    parser.add_argument("--list", action="store_true", help="say what there is, and stop")
+    parser.add_argument("--seeds", type=int, help="seeds 0 … N-1 instead of the study's own number")
+    parser.add_argument("--minutes", type=float, help="begin no further run after so many")
+    parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "studies", help="for reports")
+    args = parser.parse_args(argv)
+    if args.list:
+        for name, study in STUDIES.items():
+            runs = len(study.settings) * study.seeds
+            print(f"{name:20} {study.answers} ({runs} runs; {study.cost} a seed)")
+        return
+    if unknown := [name for name in args.studies if name not in STUDIES]:
+        parser.error(f"there is no study {', '.join(unknown)}. There are: {', '.join(STUDIES)}.")
+    if not args.studies:
+        parser.error(f"name a study, or several. There are: {', '.join(STUDIES)}.")
+    dry = os.environ.get("DRY_RUN") == "1"
+    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    failed = []
+    for name in args.studies:
+        if not args.report:
+            found = run_study(name, args.seeds or STUDIES[name].seeds, dry=dry, until=until)
+            failed += [f"{name}: {line}" for line in found]
+        if not dry:
+            report(name, args.docs)
+    if failed:
+        print("failed:", *failed, sep="\n  ")
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
