@@ -235,7 +235,9 @@ def build_task(values: Mapping[str, Any], choice: Choice) -> Task:
 def build_layer(values: Mapping[str, Any], choice: Choice) -> Callable[..., nn.Module] | None:
     """Return the configured layer, still to be told its channels; None: the model's own."""
     options = LAYERS[choice.layer].Options.keywords(values)
-    if getattr(choice.model_type, "own_layer", None) == (choice.layer, options):
+    own_name, own_options = getattr(choice.model_type, "own_layer", (None, {}))
+    plain = LAYERS[choice.layer].Options.keywords(LAYERS[choice.layer].Options.defaults())
+    if choice.layer == own_name and options == {**plain, **own_options}:
         return None
     return partial(LAYERS[choice.layer], **options)
 

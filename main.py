@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,24 @@ from dataset import DataError, build_loader
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
-from options import HelpFormatter, OptionError, add_flag, flagged, read_texts
-from tasks import DATASETS, Task
+from options import (
+    FlagParser,
+    HelpFormatter,
+    Option,
+    OptionError,
+    add_flag,
+    did_you_mean,
+    flagged,
+    merge_options,
+    read_texts,
+)
+from tasks import DATASETS, TASKS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
-from trainers import TrainingError
+from trainers import TRAINERS, TrainingError
 from utils import (
     RunFolder,
+    count_parameters,
     distributed,
     format_args,
     load_checkpoint,
@@ -50,24 +62,131 @@ from utils import (
 
 __all__ = ["build_parser", "main"]
 
+ABOUT = "Train, evaluate and compare nearest-neighbor neural networks."
+
+# What --help shows by itself.
+COMMON = (
+    "model",
+    "layer",
+    "dataset",
+    "data_path",
+    "K",
+    "batch_size",
+    "num_epochs",
+    "optimizer",
+    "lr",
+    "scheduler",
+    "val_split",
+    "device",
+    "seed",
+    "output_dir",
+    "resume",
+    "test_only",
+    "overwrite",
+    "config",
+    "dry_run",
+)
+
 # ---------------------------------------------------------------------------------------------
 # From the command line to arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of every flag, in groups."""
-    parser = argparse.ArgumentParser(
-        prog="main.py",
-        description="Train, evaluate and compare nearest-neighbor neural networks.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser(prog="main.py", description=ABOUT, explain=explain)
+    add_groups(parser, all_options().values())
+    return parser
+
+
+def add_groups(parser: argparse.ArgumentParser, options: Iterable[tuple[str, Option]]) -> None:
+    """Add flags under their headings."""
     groups: dict[str, Any] = {}
-    for title, each in all_options().values():
+    for title, each in options:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         add_flag(groups[title], each)
-    return parser
+
+
+def explain(topic: str | None) -> str:
+    """Write the help text of a topic.
+
+    Args:
+        topic: A model, layer, data set, task, way of training or flag; "all"; None: the common
+            flags, and which topics there are.
+
+    Raises:
+        ValueError: If there is no such topic.
+    """
+    everything = all_options()
+    tables = {"model": MODELS, "layer": LAYERS, "dataset": DATASETS, "task": TASKS}
+    if topic is None:
+        text = help_page(ABOUT, [("Common flags", everything[n][1]) for n in COMMON], choices=False)
+        for kind, table in tables.items():
+            text += f"\n--{kind}: {', '.join(table)}\n"
+        return (
+            f"{text}\nMore: --help NAME for a model, layer, dataset, task or flag named above, "
+            "--help all for every flag.\n"
+        )
+    if topic == "all":
+        return help_page(ABOUT, list(everything.values()))
+    flag = topic.removeprefix("--")
+    for kind, table in {**tables, "way of training": TRAINERS}.items():
+        if topic in table:
+            return topic_page(kind, topic)
+    if flag in everything:
+        title, each = everything[flag]
+        return help_page(f"--{flag}", [(title, each)])
+    names = [name for table in tables.values() for name in table]
+    hint = did_you_mean(topic, [*names, *everything, "all"])
+    raise ValueError(f"--help {topic}: there is no such topic.{hint} --help lists them.")
+
+
+def topic_page(kind: str, topic: str) -> str:
+    """Write the help text of one row of a table: what it is, and its own options."""
+    if kind == "model":
+        owner, flag = model_class(topic), "--model"
+    else:
+        tables = {"layer": LAYERS, "dataset": DATASETS, "task": TASKS, "way of training": TRAINERS}
+        owner, flag = tables[kind][topic], f"--{kind}"
+    changed = dict(getattr(owner, "defaults", {})) if kind in ("model", "task") else {}
+    about = (owner.Options if kind == "dataset" else owner).__doc__ or ""
+    text = f"{flag} {topic}: " if kind != "way of training" else f"training by {topic}: "
+    text += about.strip().partition("\n")[0]
+    if changed:
+        text += " It sets " + ", ".join(f"--{name} {value}" for name, value in changed.items())
+        text += " where you give nothing else."
+    pairs = [(owner.Options.title, each) for each in owner.Options.declared()]
+    if kind == "model" and owner.uses_layer:
+        text += " --layer chooses its layers (--help ConvNN)."
+    if kind == "model":
+        text += f" It learns by {owner.training} (--help {owner.training})."
+    if not pairs:
+        text += " It has no options of its own."
+    return help_page(text, list(merge_options(pairs).values()))
+
+
+def help_page(about: str, options: Sequence[tuple[str, Option]], *, choices: bool = True) -> str:
+    """Write the help text of some flags.
+
+    Args:
+        about: What comes first.
+        options: Headings and options.
+        choices: List the choices in place of a value.
+    """
+    page = argparse.ArgumentParser(
+        prog="main.py",
+        usage="python main.py --flags",
+        description=about,
+        formatter_class=HelpFormatter,
+        add_help=False,
+    )
+    if not choices:
+        options = [
+            (title, replace(each, choices=None, metavar=each.metavar or each.name.upper()))
+            for title, each in options
+        ]
+    add_groups(page, options)
+    return page.format_help()
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
@@ -435,7 +554,7 @@ def run_choice(
         task,
         evaluation,
         values,
-        args_text=describe_run(command) + format_args(values),
+        args_text=describe_run(command) + describe_arguments(values, choice),
         model_text=model_text,
     )
     if trainer is None:
@@ -443,9 +562,10 @@ def run_choice(
             return test(run, source_of(values, checkpoint, folder))
         except ValueError as error:  # samples of another size, or none to compare with
             parser.error(flagged(f"--model {choice.model}: {error}", all_options()))
+    print_opening(run, choice, values, device)
     if values["dry_run"]:
         return dry_run(trainer, run, loader, batch_size=values["batch_size"])
-    return train(
+    results = train(
         trainer,
         run,
         loader,
@@ -453,6 +573,37 @@ def run_choice(
         batch_size=values["batch_size"],
         num_epochs=values["num_epochs"],
         seed=values["seed"],
+    )
+    if folder.writes:
+        where = shlex.quote(str(folder.path))
+        print(
+            f"All of it is in {folder.path}.\n"
+            f"Test it:    python main.py --test_only --output_dir {where}\n"
+            f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS"
+        )
+    return results
+
+
+def print_opening(
+    run: Run, choice: Choice, values: Mapping[str, Any], device: torch.device
+) -> None:
+    """Say what is about to learn what, where, and how long."""
+    if not run.folder.writes:
+        return
+    total, _ = count_parameters(run.evaluation.model)
+    data = run.data
+    held_out = "" if data.val is None else f"{len(data.val):,} validation, "
+    shape = "x".join(str(side) for side in data.sample_shape)
+    print(f"Model: {choice}, {total:,} parameters")
+    print(
+        f"Data: {data.name}, {len(data.train):,} training, {held_out}{len(data.test):,} test "
+        f"samples of {shape}"
+    )
+    epochs = f"{values['num_epochs']} epochs of " if choice.trainer_type.has_loss else ""
+    threads = torch.get_num_threads()
+    print(
+        f"Device: {device}, {threads} thread{'s' * (threads != 1)}; "
+        f"{epochs}batches of {values['batch_size']}"
     )
 
 
@@ -470,6 +621,14 @@ def treat_file(
     load_pretrained(model, checkpoint["model"] if weights is None else weights)
     print(task.apply(model, values["input"], values["output"], device))
     return {"output_dir": None, "output": values["output"]}
+
+
+def describe_arguments(values: Mapping[str, Any], choice: Choice) -> str:
+    """Return the lines of args.txt: the arguments that this run reads, then the others."""
+    read = choice.read_options()
+    first = {name: value for name, value in values.items() if name in read}
+    rest = {name: value for name, value in values.items() if name not in read}
+    return f"{format_args(first)}# no effect in this run:\n{format_args(rest)}"
 
 
 def describe_run(command: str) -> str:

@@ -10,13 +10,16 @@ This file imports nothing of ours.
 
 import argparse
 import dataclasses
+import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 __all__ = [
+    "FlagParser",
     "HelpFormatter",
     "Option",
     "OptionError",
@@ -25,6 +28,7 @@ __all__ = [
     "check_at_least",
     "check_choice",
     "check_fraction",
+    "did_you_mean",
     "flagged",
     "merge_options",
     "option",
@@ -276,6 +280,93 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         hidden = action.default is None or isinstance(action.default, bool)
         return action.help if hidden else super()._get_help_string(action)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" for the name that is most like a word; empty if none is."""
+    known = list(known)
+    small = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), small, n=1, cutoff=0.6)
+    return f" Did you mean {small[close[0]]}?" if close else ""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that answers an error by its message and the help line of the flag alone.
+
+    Args:
+        explain: Writes the help text of a topic, None for the short one; raises ValueError for a
+            topic that is not there. It serves ``-h`` and ``--help [TOPIC]``.
+        **details: As for `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, explain: Callable[[str | None], str], **details: Any) -> None:
+        super().__init__(
+            **details, formatter_class=HelpFormatter, allow_abbrev=False, add_help=False
+        )
+        parser = self
+
+        class Explain(argparse.Action):
+            def __call__(self, _: Any, __: Any, topic: Any, ___: str | None = None) -> None:
+                try:
+                    text = explain(topic)
+                except ValueError as error:
+                    parser.error(str(error))
+                print(text, end="")
+                parser.exit()
+
+        self.add_argument(
+            *("-h", "--help"),
+            action=Explain,
+            nargs="?",
+            metavar="TOPIC",
+            default=argparse.SUPPRESS,
+            help="the common flags; of a model, layer, dataset, task or flag; or all",
+        )
+        self.words: list[str] = []
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse; a flag that is not there is answered by the one most like it."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            if not word.startswith("-"):
+                self.error(f"{word!r} belongs to no flag: values follow their flag, as in --K 9.")
+            self.error(f"there is no flag {word}.{self._nearest(word)}")
+        return found
+
+    def _nearest(self, word: str) -> str:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        parts = word.lstrip("-").split("_")
+        inside = [f for f in flags if len(word) > 4 and set(parts) <= set(f[2:].split("_"))]
+        return did_you_mean(word, flags if len(inside) != 1 else inside)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, and what the flag in it means; exit with code 2."""
+        message = re.sub(r"^argument (-\S+):", r"\1:", message)
+        bad = re.search(r"^--(\w+): invalid choice: '(.*?)' \(choose from", message)
+        if bad is not None:
+            choices = self._option_string_actions[f"--{bad[1]}"].choices
+            message = (
+                f"--{bad[1]}: invalid choice: {bad[2]!r}.{did_you_mean(bad[2], choices)} "
+                f"There is: {', '.join(choices)}."
+            )
+        lines = [f"error: {message}"]
+        if (action := self._flag_of(message)) is not None and action.help:
+            meaning = " ".join(self._get_formatter()._expand_help(action).split())
+            if meaning.partition(" (default")[0] not in message:
+                lines.append(f"  --{action.dest}: {meaning}")
+        print("\n".join(lines), file=sys.stderr)
+        raise SystemExit(2)
+
+    def _flag_of(self, message: str) -> argparse.Action | None:
+        """Find the flag that a message is about: of those named, rather one that was given."""
+        named = [a or b for a, b in re.findall(r"--(\w+)|\b(\w+)=", message)]
+        named += re.findall(r"\b(\w+)\b", message)[:1]
+        known = [f"--{name}" for name in named if f"--{name}" in self._option_string_actions]
+        given = [name for name in known if name in self.words and name != "--model"]
+        chosen = (given or known or [None])[0]
+        return None if chosen is None else self._option_string_actions[chosen]
 
 
 def add_flag(group: Any, each: Option) -> None:

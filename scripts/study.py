@@ -224,13 +224,15 @@ def command_of(study: str, setting: str, seed: int) -> list[str]:
     return ["main.py", *flags, "--seed", str(seed), *place]
 
 
-def run_study(name: str, seeds: int, *, dry: bool, until: float) -> list[str]:
+def run_study(
+    name: str, seeds: int, only: list[str] | None, *, dry: bool, until: float
+) -> list[str]:
     """Run what is missing; return the runs that failed."""
     failed = []
     for seed in range(seeds):
         for setting in STUDIES[name].settings:
             folder = folder_of(name, setting, seed)
-            if is_finished(folder):
+            if is_finished(folder) or (only and setting not in only):
                 continue
             command = command_of(name, setting, seed)
             if dry:
@@ -296,8 +298,8 @@ def report_table(name: str, results: dict[str, list[dict]]) -> str:
         "",
         f"{study.answers}",
         "",
-        f"Every run: `python main.py {study.base} --seed <n>` and the flags of the row. Cost of one "
-        f"seed: {study.cost}.",
+        f"Every run: `python main.py {study.base} --seed <n>` and the flags of the row. "
+        f"Cost of one seed: {study.cost}.",
         "",
         f"| setting | flags | parameters | {first['headline_name']} {first['headline_unit']}, "
         "mean ± sd | each seed | against the first row | seconds |",
@@ -391,6 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("studies", nargs="*", metavar="STUDY", help="which; see --list")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
     parser.add_argument("--seeds", type=int, help="seeds 0 … N-1 instead of the study's own number")
+    parser.add_argument("--only", action="append", metavar="SETTING", help="run these rows alone")
     parser.add_argument("--minutes", type=float, help="begin no further run after so many")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "studies", help="for reports")
@@ -409,7 +412,8 @@ def main(argv: list[str] | None = None) -> None:
     failed = []
     for name in args.studies:
         if not args.report:
-            found = run_study(name, args.seeds or STUDIES[name].seeds, dry=dry, until=until)
+            seeds = args.seeds or STUDIES[name].seeds
+            found = run_study(name, seeds, args.only, dry=dry, until=until)
             failed += [f"{name}: {line}" for line in found]
         if not dry:
             report(name, args.docs)

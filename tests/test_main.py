@@ -15,6 +15,7 @@ import trainers
 from layers import LAYERS
 from main import build_parser, main
 from models import MODELS
+from tasks import DATASETS, TASKS
 
 PUBLISHED_DEFAULTS = {
     "model": "vgg11",
@@ -74,12 +75,96 @@ def test_every_flag_is_explained():
         assert len(action.help) > 5, action.dest
 
 
-def test_help_prints(capsys):
+def helped(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(list(argv))
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_by_itself_is_short_and_names_the_rows(capsys):
+    for flag in ("--help", "-h"):
+        text = helped(capsys, flag)
+        assert len(text.splitlines()) < 70
+        assert "--num_epochs" in text
+        assert "--shuffle_scale" not in text
+        for table in (MODELS, LAYERS, DATASETS, TASKS):
+            assert all(name in text for name in table)
+
+
+def test_help_all_prints_every_flag(capsys):
+    text = helped(capsys, "--help", "all")
     assert all(f"--{name}" in text for name in PUBLISHED_DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("topic", "shown", "hidden"),
+    [
+        ("convnet", "--pool_after", "--K "),
+        ("dncnn", "--dataset photos", "--K "),
+        ("ConvNN", "--lambda_param", "--lr"),
+        ("recall", "--distractors", "--data_path"),
+        ("classification", "--criterion", "--lr"),
+        ("gradient", "--clip_grad_norm", "--K "),
+        ("knn", "--vote", "--lr"),
+        ("K", "number of neighbors", "--lr"),
+        ("lr_step", "in epochs", "--K "),
+        ("vgg11", "no options of its own", "--K "),
+    ],
+)
+def test_help_of_a_topic(capsys, topic, shown, hidden):
+    text = " ".join(helped(capsys, "--help", topic).split())
+    assert shown in text
+    assert hidden not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--modle", "vgg11"), "there is no flag --modle. Did you mean --model?"),
+        (("--epochs", "3"), "there is no flag --epochs. Did you mean --num_epochs?"),
+        (("--layer", "convnn"), "invalid choice: 'convnn'. Did you mean ConvNN? There is: Conv2d,"),
+        (("--K", "100"), "K=100 is larger than the number of candidates"),
+        (("--test_only", "--output_dir", "nowhere"), "there is none at nowhere/best.pt"),
+        (("--help", "convnett"), "no such topic. Did you mean convnet?"),
+        (("--lr", "fast"), "--lr: invalid float value: 'fast'"),
+        (("3",), "'3' belongs to no flag"),
+    ],
+)
+def test_an_error_is_a_message_and_the_flag(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--device", "cpu"])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert "usage" not in text
+    first, *rest = text.splitlines()
+    assert first.startswith("error: ")
+    assert len(rest) == 1
+    assert rest[0].startswith("  --")
+
+
+def test_first_and_last_lines(run, capsys):
+    run("--output_dir", "run", "--layer", "Conv2d", "--val_split", "0.2", "--num_epochs", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Model: --model tiny --layer Conv2d, [\d,]+ parameters", lines[0])
+    assert lines[1] == "Data: digits, 40 training, 10 validation, 30 test samples of 1x8x8"
+    assert re.fullmatch(r"Device: cpu, \d+ threads?; 1 epochs of batches of 20", lines[2])
+    assert lines[3] == "Run folder: run"
+    assert lines[-3:] == [
+        "All of it is in run.",
+        "Test it:    python main.py --test_only --output_dir run",
+        "Compare it: python scripts/compare_runs.py run OTHER_FOLDERS",
+    ]
+
+
+def test_arguments_that_apply_come_first(run):
+    folder = Path(run("--layer", "Conv2d", "--num_epochs", 1)["output_dir"])
+    first, rest = (folder / "args.txt").read_text().split("# no effect in this run:\n")
+    assert "\nkernel_size: 3\n" in first
+    assert "\nlr: 0.001\n" in first
+    assert "\nbranch_ratio: 0.5\n" in rest
+    assert "lr: 0.001" not in rest
 
 
 def test_options_are_constructor_arguments_with_the_same_defaults():
