@@ -39,6 +39,7 @@ __all__ = [
     "distributed",
     "format_args",
     "get_random_state",
+    "layer_rows",
     "load_checkpoint",
     "load_pretrained",
     "load_weights",
@@ -502,35 +503,90 @@ def compute_flops(model: nn.Module, inputs: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def layer_rows(model: nn.Module, inputs: Tensor) -> list[tuple[str, str, str, int, int]]:
+    """Measure every module that has parameters, or does arithmetic, of its own.
+
+    A module's children are left out of its numbers, and shared ones are counted once: the columns
+    add up to the totals of the network.
+
+    Args:
+        model: The network, in evaluation mode.
+        inputs: One sample with a batch dimension.
+
+    Returns:
+        Name, class, shape of the last output ("" if it is not called by itself), parameters and
+        FLOPs of one forward pass of each.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton: only where it is used
+
+    shapes: dict[nn.Module, str] = {}
+    flops: dict[nn.Module, int] = {}
+    open_calls: list[list[int]] = []  # FLOPs when the call began, and those of its children
+    handles = []
+
+    def begin(module: nn.Module, _: Any) -> None:
+        open_calls.append([counter.get_total_flops(), 0])
+
+    def end(module: nn.Module, _: Any, output: Any) -> None:
+        start, below = open_calls.pop()
+        spent = counter.get_total_flops() - start
+        flops[module] = flops.get(module, 0) + spent - below
+        if open_calls:
+            open_calls[-1][1] += spent
+        shapes[module] = str(tuple(output.shape)) if isinstance(output, Tensor) else ""
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(begin))
+            handles.append(module.register_forward_hook(end))
+        try:
+            model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    rows, seen = [], set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p not in seen]
+        seen.update(own)
+        count, spent = sum(p.numel() for p in own), flops.get(module, 0)
+        if count or spent:
+            rows.append(
+                (name or "(itself)", type(module).__name__, shapes.get(module, ""), count, spent)
+            )
+    return rows
+
+
 def describe_model(model: nn.Module, inputs: Tensor) -> str:
-    """Describe a network: module tree, torchinfo summary, parameters, FLOPs of one forward pass.
+    """Describe a network: module tree, and one table of shapes, parameters and FLOPs.
 
     Args:
         model: The network; its mode is left as it was.
         inputs: One sample with a batch dimension.
     """
-    import torchinfo
-
     training = model.training
     model.eval()
     try:
-        flops = compute_flops(model, inputs)
-        with torch.no_grad():
-            summary = torchinfo.summary(
-                model,
-                input_data=inputs,
-                depth=6,
-                verbose=0,
-                col_names=("input_size", "output_size", "num_params", "kernel_size"),
-            )
+        rows = layer_rows(model, inputs)
     finally:
         model.train(training)
     total, trainable = count_parameters(model)
+    lines = [("module", "class", "output", "parameters", "FLOPs")]
+    lines += [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows]
+    lines.append(("total", "", "", f"{total:,}", f"{sum(row[4] for row in rows):,}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    table = "\n".join(
+        "  ".join(
+            cell.rjust(width) if i > 2 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
     return (
-        f"{model}\n\n{summary}\n\n"
-        f"Parameters: {total:,} ({trainable:,} trainable)\n"
-        f"FLOPs of one forward pass on {tuple(inputs.shape)}: {flops:,} "
-        "(a multiply-add counts as two)\n"
+        f"{model}\n\n{table}\n\n"
+        f"Parameters: {total:,} ({trainable:,} trainable), {4 * total / 1e6:,.2f} MB in float32\n"
+        f"FLOPs of one forward pass on {tuple(inputs.shape)}: {sum(row[4] for row in rows):,} "
+        "(a multiply-add counts as two; the similarities of a search are in it; normalization, "
+        "activations, and picking and gathering neighbors count as zero)\n"
     )
 
 

@@ -1,56 +1,141 @@
-"""Compare finished runs: one table row a run, and their curves in one picture.
+"""Compare finished runs of any task: tables, curves, and one page to sort and to filter.
 
+    python scripts/compare_runs.py Output --over_seeds
     python scripts/compare_runs.py Output/sweep/* --picture Output/sweep/curves.png
+    python scripts/compare_runs.py Output --html Output/runs.html
 
-Columns: the best held-out value and where it was reached, the last one, parameters, seconds, and
-every argument that is not the same in all runs. What is best, and which way, each run says itself
-(summary.json).
+Folders are searched for runs at any depth. Columns: the best held-out value and where it was
+reached, the last one, the test value where the best was chosen on held-out training data,
+parameters, seconds, and every argument that is not the same in all runs. What is best, and which
+way, each run says itself (summary.json). Runs measured by different metrics get a table each.
 """
 
 import argparse
+import base64
 import csv
+import html
+import io
 import json
+import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import RunFolder, atomic_path, parse_args_text
+from utils import RunFolder, atomic_path, parse_args_text, write_text
 
 UNINTERESTING = ("output_dir", "num_workers", "data_path", "device")
+TABLES = ("markdown", "csv", "latex")
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Return the run folders among these and below them, each once."""
+    found = [
+        path.parent
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.rglob(RunFolder.METRICS))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def read_run(folder: Path) -> dict:
-    with open(folder / RunFolder.METRICS, newline="") as file:
-        history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    """Read what a run left.
+
+    Raises:
+        ValueError: If it holds no finished epoch, or its files are damaged.
+    """
     try:
+        with open(folder / RunFolder.METRICS, newline="") as file:
+            history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         summary = json.loads((folder / RunFolder.SUMMARY).read_text("utf-8"))
         column, counter = summary["headline"], next(iter(history[0]))
+        choose = max if summary["higher_is_better"] else min
+        best = choose(history, key=lambda row: row[column])
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"{folder} holds no finished epoch, or no {RunFolder.SUMMARY}.") from error
-    choose = max if summary["higher_is_better"] else min
-    best = choose(history, key=lambda row: row[column])
-    return {
+    args = folder / RunFolder.ARGS
+    run = {
         "folder": folder,
-        "args": parse_args_text((folder / RunFolder.ARGS).read_text("utf-8")),
+        "args": parse_args_text(args.read_text("utf-8")) if args.is_file() else {},
         "history": history,
         "column": column,
         "counter": counter,  # "epoch", or "K"
-        "value": best[column] if summary["higher_is_better"] else -best[column],
-        "cells": {
-            "run": str(folder),
-            f"best {column}": f"{best[column]:.2f}",
-            "at": f"{counter} {best[counter]:.0f}",
-            f"last {column}": f"{history[-1][column]:.2f}",
-            "parameters": f"{summary['parameters']:,}",
-            "seconds": f"{summary['seconds']:.1f}",
+        "sign": 1 if summary["higher_is_better"] else -1,
+        "numbers": {
+            f"best {column}": best[column],
+            f"last {column}": history[-1][column],
+            "parameters": summary["parameters"],
+            "seconds": summary["seconds"],
         },
+        "texts": {"run": str(folder), "at": f"{counter} {best[counter]:.0f}"},
     }
+    metric = column.partition("_")[2]
+    if metric in (summary.get("test") or {}):
+        run["numbers"][f"test {metric}"] = summary["test"][metric]
+    run["value"] = run["sign"] * run["numbers"].get(f"test {metric}", best[column])
+    return run
 
 
-def format_table(rows: list[dict[str, str]]) -> str:
+def differing_arguments(runs: list[dict], leave_out: Iterable[str] = ()) -> list[str]:
+    """Return the names of the arguments that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run["args"])
+    return [
+        name
+        for name in names
+        if name not in (*UNINTERESTING, *leave_out)
+        and len({run["args"].get(name) for run in runs}) > 1
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def word(name: str, value: float) -> str:
+    """Word a number as its column wants it."""
+    return f"{value:,.0f}" if name == "parameters" else f"{value:.2f}"
+
+
+def rows_of(runs: list[dict], *, over_seeds: bool) -> list[dict[str, str]]:
+    """Make the rows of a table, the best one first; all cells are text.
+
+    Args:
+        runs: Runs that were measured by one metric.
+        over_seeds: One row for the runs that differ in their seed alone: mean ± standard deviation.
+    """
+    names = differing_arguments(runs, ("seed",) if over_seeds else ())
+    groups: dict[tuple, list[dict]] = {}
+    for number, run in enumerate(runs):
+        same = tuple(run["args"].get(name, "") for name in names)
+        groups.setdefault(same if over_seeds else (number,), []).append(run)
+    ordered = sorted(groups.values(), key=lambda g: -statistics.mean(r["value"] for r in g))
+    rows = []
+    for group in ordered:
+        row = {"run": group[0]["texts"]["run"]}
+        if over_seeds:
+            row["seeds"] = str(len(group))
+        else:
+            row["at"] = group[0]["texts"]["at"]
+        for name in dict.fromkeys(name for run in group for name in run["numbers"]):
+            values = [run["numbers"][name] for run in group if name in run["numbers"]]
+            row[name] = word(name, statistics.mean(values))
+            if len(values) > 1 and name != "parameters":
+                row[name] += f" ± {word(name, statistics.stdev(values))}"
+        rows.append(row | {name: group[0]["args"].get(name, "") for name in names})
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    rows = [{c: row.get(c, "") for c in columns} for row in rows]
+    columns.sort(key=lambda name: name in names)  # arguments last
+    return [{name: row.get(name, "") for name in columns} for row in rows]
+
+
+def as_markdown(rows: list[dict[str, str]]) -> str:
+    """Lay out rows as Markdown, padded so that it reads as text too."""
+    columns = list(rows[0])
     widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
     lines = [" | ".join(c.ljust(widths[c]) for c in columns)]
     lines.append(" | ".join("-" * widths[c] for c in columns))
@@ -58,7 +143,45 @@ def format_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def as_csv(rows: list[dict[str, str]]) -> str:
+    """Lay out rows as CSV."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().rstrip("\n")
+
+
+def as_latex(rows: list[dict[str, str]]) -> str:
+    """Lay out rows as a tabular of LaTeX."""
+    escapes = {c: f"\\{c}" for c in "&%$#_{}"} | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+    }
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    text = [" & ".join(c.translate(str.maketrans(escapes)) for c in line) for line in lines]
+    head, *body = [f"{line} \\\\" for line in text]
+    begin = rf"\begin{{tabular}}{{{'l' * len(rows[0])}}}"
+    return "\n".join([begin, r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def names_apart(folders: list[Path]) -> list[str]:
+    """Name folders by the shortest ends of their paths that tell them apart: ResNet/ConvNN."""
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def draw(runs: list[dict], path: Path) -> None:
+    """Draw the headline metric over epochs (or K), a curve a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -66,42 +189,140 @@ def draw(runs: list[dict], path: Path) -> None:
     for run in runs:
         xs = [row[run["counter"]] for row in run["history"]]
         axis.plot(xs, [row[run["column"]] for row in run["history"]], "o-", markersize=3)
-    axis.legend([run["folder"].name for run in runs], fontsize=8, loc="lower right")
+    axis.legend(names_apart([run["folder"] for run in runs]), fontsize=8, loc="best")
     axis.set(xlabel=runs[0]["counter"], ylabel=runs[0]["column"])
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders; others are skipped")
-    parser.add_argument("--picture", type=Path, help="draw the curves here")
-    args = parser.parse_args(argv)
-    folders = [folder for folder in args.folders if (folder / RunFolder.METRICS).is_file()]
-    try:
-        runs = [read_run(folder) for folder in folders]
-    except ValueError as error:
-        parser.error(str(error))
-    if not runs:
-        parser.error(f"none of these folders holds a run ({RunFolder.METRICS}).")
-    if len({run["column"] for run in runs}) > 1:
-        parser.error("these runs were measured by different metrics: compare them apart.")
-    names = dict.fromkeys(name for run in runs for name in run["args"])
-    differing = [
-        name
-        for name in names
-        if name not in UNINTERESTING and len({run["args"].get(name) for run in runs}) > 1
-    ]
-    runs.sort(key=lambda run: -run["value"])
-    print(
-        format_table(
-            [run["cells"] | {n: run["args"].get(n, "") for n in differing} for run in runs]
+# ---------------------------------------------------------------------------------------------
+# A page
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Runs</title><style>
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 0.6rem 0 1.6rem; }}
+th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left; }}
+th {{ cursor: pointer; background: #f3f5f7; position: sticky; top: 0; white-space: nowrap; }}
+th[data-order="1"]::after {{ content: " \u25b2"; }}
+th[data-order="-1"]::after {{ content: " \u25bc"; }}
+tr:hover td {{ background: #f8fafc; }}
+img {{ max-width: 100%; display: block; }}
+input {{ font: inherit; padding: 0.3rem 0.5rem; width: 24rem; }}
+</style></head><body>
+<h1>Runs</h1>
+<p><input id="filter" placeholder="show rows that hold all of these words" autofocus>
+<span id="shown"></span></p>
+{tables}
+<script>
+const filter = document.getElementById("filter");
+function show() {{
+  const words = filter.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let count = 0, all = 0;
+  for (const row of document.querySelectorAll("tbody tr")) {{
+    const text = row.textContent.toLowerCase();
+    row.hidden = !words.every(word => text.includes(word));
+    count += !row.hidden; all += 1;
+  }}
+  document.getElementById("shown").textContent = count + " of " + all;
+}}
+filter.addEventListener("input", show);
+const number = text => {{
+  const value = parseFloat(text.replace(/,/g, "").replace(/^\\D+ (?=\\d)/, ""));
+  return Number.isNaN(value) ? null : value;
+}};
+for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => {{
+  const order = head.dataset.order === "1" ? -1 : 1;
+  for (const other of head.parentNode.children) delete other.dataset.order;
+  head.dataset.order = order;
+  const body = head.closest("table").tBodies[0];
+  const key = row => row.cells[head.cellIndex].textContent;
+  const rows = [...body.rows].sort((a, b) => {{
+    const [x, y] = [number(key(a)), number(key(b))];
+    if (x !== null && y !== null) return order * (x - y);
+    return order * key(a).localeCompare(key(b));
+  }});
+  body.append(...rows);
+}});
+show();
+</script></body></html>
+"""
+
+
+def page(tables: dict[str, list[dict[str, str]]], folders: dict[str, Path]) -> str:
+    """Write one page that needs nothing else: tables to sort and filter, each run's pictures.
+
+    Args:
+        tables: Rows by heading.
+        folders: The folders of runs by what stands in the column "run".
+    """
+    parts = []
+    for heading, rows in tables.items():
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+        lines = []
+        for row in rows:
+            cells = [html.escape(value) for value in row.values()]
+            cells[0] += pictures(folders[row["run"]])
+            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        parts.append(
+            f"<h2>{html.escape(heading)}</h2>\n<table><thead><tr>{head}</tr></thead>\n"
+            "<tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
         )
+    return PAGE.format(tables="\n".join(parts))
+
+
+def pictures(folder: Path) -> str:
+    """Return the pictures of a run, folded away, as part of a page."""
+    found = ""
+    for path in sorted(folder.glob("*.png")):
+        content = base64.b64encode(path.read_bytes()).decode("ascii")
+        found += (
+            f"<details><summary>{html.escape(path.stem)}</summary>"
+            f'<img alt="{html.escape(path.name)}" src="data:image/png;base64,{content}"></details>'
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("folders", nargs="+", type=Path, help="searched for runs, at any depth")
+    parser.add_argument("--table", choices=TABLES, default="markdown", help="form of the tables")
+    parser.add_argument(
+        "--over_seeds", action="store_true", help="mean ± standard deviation over seeds, one row"
+    )
+    parser.add_argument("--picture", type=Path, help="draw the curves here (one metric only)")
+    parser.add_argument("--html", type=Path, help="write a page here, to sort and to filter")
+    args = parser.parse_args(argv)
+    groups: dict[str, list[dict]] = {}
+    for folder in find_runs(args.folders):
+        try:
+            run = read_run(folder)
+        except ValueError as error:
+            print(f"note: {error} Left out.", file=sys.stderr)
+            continue
+        groups.setdefault(run["column"], []).append(run)
+    if not groups:
+        parser.error(f"none of these folders holds a run ({RunFolder.METRICS}).")
+    if args.picture and len(groups) > 1:
+        parser.error(
+            f"--picture draws one metric, and these runs were measured by {', '.join(groups)}: "
+            "name the folders of one."
+        )
+    layouts = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
+    tables = {column: rows_of(runs, over_seeds=args.over_seeds) for column, runs in groups.items()}
+    print("\n\n".join(layouts[args.table](rows) for rows in tables.values()))
     if args.picture:
-        draw(runs, args.picture)
-        print(f"Curves: {args.picture}")
+        draw(next(iter(groups.values())), args.picture)
+        print(f"Curves: {args.picture}", file=sys.stderr)
+    if args.html:
+        folders = {run["texts"]["run"]: run["folder"] for runs in groups.values() for run in runs}
+        write_text(args.html, page(tables, folders))
+        print(f"Page: {args.html}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
 # Shared by the sweeps: `run NAME FLAGS...` trains into $out/NAME unless that run is finished, and goes
 # on with it where it was interrupted. PYTHON chooses the interpreter.
+# `scripts/sweep_….sh --help` prints the head of the script.
+case ${1:-} in -h | --help)
+  sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
+  exit 0
+  ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 

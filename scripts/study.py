@@ -245,7 +245,8 @@ def run_study(
                 [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
             )
             if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                said = done.stderr.strip().splitlines() or ["no message"]
+                last = next((line for line in said if line.startswith("error")), said[-1])
                 failed.append(f"{setting}, seed {seed}: {last}")
                 print(f"  failed: {last}", flush=True)
     return failed

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 out=${OUT:-Output/sweep_layers}
 
-for layer in Conv2d Conv2d_New ConvNN ConvNN_Attn Branching Branching_Attn; do
+for layer in $("$python" -c "from layers import LAYERS; print(*LAYERS)"); do
   run "$layer" --layer "$layer" "$@"
 done
 "$python" scripts/compare_runs.py "$out"/* --picture "$out/curves.png"

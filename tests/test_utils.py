@@ -16,6 +16,7 @@ from utils import (
     describe_model,
     format_args,
     get_random_state,
+    layer_rows,
     parse_args_text,
     plot_learning_curves,
     save_checkpoint,
@@ -103,6 +104,30 @@ def test_counts():
     assert model.training
     assert f"FLOPs of one forward pass on (1, 3, 5, 5): {flops:,}" in text
     assert f"Parameters: {weights:,}" in text
+
+
+class Shared(nn.Module):
+    """A convolution under two names, a weight without a module, and a product of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 1)
+        self.again = nn.Sequential(self.first, nn.ReLU())
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x):
+        return self.again(self.first(x)).flatten(2).mT @ self.weight
+
+
+def test_the_table_of_layers_adds_up():
+    model, inputs = Shared().eval(), torch.zeros(1, 2, 3, 3)
+    rows = layer_rows(model, inputs)
+    assert [row[:2] for row in rows] == [("(itself)", "Shared"), ("first", "Conv2d")]
+    assert [row[3:] for row in rows] == [(4, 2 * 9 * 4), (6, 2 * 2 * 9 * 4)]
+    assert rows[1][2] == "(1, 2, 3, 3)"
+    assert sum(row[3] for row in rows) == count_parameters(model)[0]
+    assert sum(row[4] for row in rows) == compute_flops(model, inputs)
+    assert not model.first._forward_hooks
 
 
 def test_learning_curves_are_a_picture(tmp_path):
