@@ -4,11 +4,13 @@ Small image sets are held in memory as 8-bit tensors and are cropped, flipped, r
 normalised a batch at a time; folders of images are decoded one by one through torchvision.
 """
 
+import contextlib
+import math
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, default_collate
 
 from options import Options, option
+from utils import memory_size
 
 __all__ = [
     "Data",
@@ -398,6 +401,122 @@ def build_digits(*, data_path: str, **options: Any) -> Data:
     )
 
 
+MOST_CLASSES = 50_000
+MOST_PIXELS = 2**26  # of one picture: 8192 x 8192
+
+
+def _shown(names: Iterable[str]) -> str:
+    """List names from a file: the first ten, in a form that fits a line."""
+    names = sorted(names)
+    shown = ", ".join(n if n.isprintable() and len(n) <= 40 else repr(n)[:40] for n in names[:10])
+    return (shown or "nothing") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An array inside an .npz file, known by its header alone."""
+
+    info: zipfile.ZipInfo
+    start: int
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _NpzFile:
+    """The arrays of an .npz file; every header is read and judged before any array is.
+
+    Nothing is unpickled, members that nobody asks for are left alone, and what a header says must
+    agree with the size that the archive gives for that member.
+
+    Args:
+        path: The file.
+        names: The arrays that are wanted.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self.path = path
+        with self._damage(), zipfile.ZipFile(path) as archive:
+            infos = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            self.names = set(infos)
+            self.members = {
+                name: self._read_header(archive, infos[name]) for name in names if name in infos
+            }
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError:
+            raise
+        # What zip files and headers of arrays raise on damage: bad sums, encryption, methods.
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+            raise DataError(
+                f"{self.path} is damaged, or no .npz file of numpy.savez: {e}. Write it anew."
+            ) from e
+
+    @staticmethod
+    def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        name = info.filename
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is packed by a method that numpy.savez does not use")
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in readers:
+                raise ValueError(f"{name} has a header of the unknown version {version}")
+            try:
+                shape, fortran, dtype = readers[version](file)
+            except Exception as error:  # a header is a Python expression: syntax, tokens, types
+                raise ValueError(f"the header of {name} cannot be read") from error
+            member = _Member(info, file.tell(), shape, fortran, dtype)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which are not read")
+        if any(side < 0 for side in shape) or member.start + member.size != info.file_size:
+            raise ValueError(
+                f"the header of {name} speaks of {dtype} {shape}, and the file has "
+                f"{info.file_size - member.start:,} bytes for it"
+            )
+        return member
+
+    def check_memory(self, copies: int) -> None:
+        """Refuse arrays that do not fit into the machine.
+
+        Args:
+            copies: How often they are held at once.
+        """
+        size = sum(member.size for member in self.members.values())
+        there = memory_size(torch.device("cpu"))
+        if there is not None and size * copies > there:
+            raise DataError(
+                f"{self.path} holds {size / 1e9:,.1f} GB, and reading it takes "
+                f"{size * copies / 1e9:,.1f} GB; this machine has {there / 1e9:,.1f} GB. Make a "
+                "file of fewer or smaller images."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """Read an array."""
+        member = self.members[name]
+        buffer = np.empty(member.size, dtype=np.uint8)
+        with self._damage(), zipfile.ZipFile(self.path) as archive:
+            with archive.open(member.info) as file:
+                file.read(member.start)
+                at = 0
+                while chunk := file.read(2**20):  # the last one checks the sum
+                    buffer[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
+                    at += len(chunk)
+            if at != member.size:
+                raise ValueError(f"{name} ends after {at:,} of {member.size:,} bytes")
+        return np.ndarray(member.shape, member.dtype, buffer, order="F" if member.fortran else "C")
+
+
 def build_npz(*, data_path: str, **options: Any) -> Data:
     """Load ``x_train, y_train, x_test, y_test`` (and ``class_names``) from one ``.npz`` file."""
     path = Path(data_path)
@@ -406,53 +525,103 @@ def build_npz(*, data_path: str, **options: Any) -> Data:
             f"--dataset npz reads one file: --data_path must name an existing .npz file "
             f"(got {data_path})."
         )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged, or no .npz file: {error}") from error
-
-    missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
-    if missing:
+    needed = {f"{kind}_{part}" for kind in "xy" for part in ("train", "test")}
+    file = _NpzFile(path, [*sorted(needed), "class_names"])
+    if missing := needed - set(file.members):
         raise DataError(
-            f"{path} lacks {', '.join(sorted(missing))}; it holds "
-            f"{', '.join(sorted(arrays)) or 'nothing'}."
+            f"{path} lacks {', '.join(sorted(missing))}; it holds {_shown(file.names)}."
         )
-    parts = []
     for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if (
-            x.dtype != np.uint8
-            or x.ndim not in (3, 4)
-            or (x.ndim == 4 and x.shape[3] not in (1, 3))
-        ):
-            raise DataError(
-                f"{path}: x_{part} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), "
-                f"got {x.dtype} {x.shape}."
-            )
-        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
-            raise DataError(
-                f"{path}: y_{part} must hold one integer per image, ({len(x)},), "
-                f"got {y.dtype} {y.shape}."
-            )
-        if len(x) == 0:
-            raise DataError(f"{path}: x_{part} is empty.")
-        parts.append((to_image_tensor(x), torch.as_tensor(y.astype(np.int64))))
-    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        _check_labelled_images(path, part, file.members[f"x_{part}"], file.members[f"y_{part}"])
+    shapes = [(*file.members[f"x_{part}"].shape[1:], 1)[:3] for part in ("train", "test")]
+    if shapes[0] != shapes[1]:
         raise DataError(
             f"{path}: training and test images differ in shape: "
-            f"{tuple(parts[0][0].shape[1:])} and {tuple(parts[1][0].shape[1:])} (C, H, W)."
+            f"{shapes[0]} and {shapes[1]} (H, W, C)."
         )
-    lowest = min(int(y.min()) for _, y in parts)
-    highest = max(int(y.max()) for _, y in parts)
-    names = arrays.get("class_names")
-    num_classes = highest + 1 if names is None else len(names)
+    named = file.members.get("class_names")
+    if named is not None and (len(named.shape) != 1 or named.dtype.kind not in "USiu"):
+        raise DataError(
+            f"{path}: class_names must be a list of names, one a class, got {named.dtype} "
+            f"{named.shape}."
+        )
+    file.check_memory(copies=3)
+    labels = {part: file.read(f"y_{part}") for part in ("train", "test")}
+    lowest = min(int(y.min()) for y in labels.values())
+    highest = max(int(y.max()) for y in labels.values())
+    num_classes = highest + 1 if named is None else named.shape[0]
     if lowest < 0 or highest >= num_classes:
         raise DataError(
             f"{path}: labels must lie in 0 … {num_classes - 1}, found {lowest} … {highest}."
         )
-    names = [str(i) for i in range(num_classes)] if names is None else [str(n) for n in names]
+    check_num_classes(num_classes, sum(map(len, labels.values())), f"{path}: the labels")
+    names = (
+        [str(i) for i in range(num_classes)]
+        if named is None
+        else [
+            n.decode("latin-1") if isinstance(n, bytes) else str(n)
+            for n in file.read("class_names")
+        ]
+    )
+    parts = [
+        (to_image_tensor(file.read(f"x_{part}")), torch.as_tensor(y.astype(np.int64)))
+        for part, y in labels.items()
+    ]
     return build_array_data("npz", *parts, names, flip=True, **options)
+
+
+def _check_labelled_images(path: Path, part: str, x: _Member, y: _Member) -> None:
+    """Refuse arrays that are no 8-bit images with one label each, by their headers."""
+    if (
+        x.dtype != np.uint8
+        or len(x.shape) not in (3, 4)
+        or (len(x.shape) == 4 and x.shape[3] not in (1, 3))
+    ):
+        raise DataError(
+            f"{path}: x_{part} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), "
+            f"got {x.dtype} {x.shape}."
+        )
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: y_{part} must hold one integer per image, ({x.shape[0]},), "
+            f"got {y.dtype} {y.shape}."
+        )
+    if x.shape[0] == 0:
+        raise DataError(f"{path}: x_{part} is empty.")
+    check_picture_size(f"{path}: an image of x_{part}", *x.shape[1:3])
+
+
+def check_picture_size(what: str, height: int, width: int) -> None:
+    """Refuse pictures without pixels, and with so many that no memory holds what is made of them.
+
+    Args:
+        what: The picture, for the message.
+        height: Its height in pixels.
+        width: Its width.
+    """
+    if min(height, width) < 1:
+        raise DataError(f"{what} is {height}x{width}: it has no pixels. Leave it out.")
+    if height * width > MOST_PIXELS:
+        raise DataError(
+            f"{what} is {height}x{width}, {height * width:,} pixels, and pictures of up to "
+            f"{MOST_PIXELS:,} are read. Make it smaller, or leave it out."
+        )
+
+
+def check_num_classes(number: int, samples: int, what: str) -> None:
+    """Refuse labels that name more classes than samples could ever show.
+
+    Args:
+        number: Classes.
+        samples: Samples, of all sets.
+        what: Where the labels are, for the message.
+    """
+    most = min(MOST_CLASSES, max(1000, samples))
+    if number > most:
+        raise DataError(
+            f"{what} name {number:,} classes, and there are {samples:,} samples: up to {most:,} "
+            "classes are learnt from so many. Number the classes 0, 1, 2, …"
+        )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Datasets: embedded, npz, folders of images, torchvision's files; their errors; loaders."""
 
 import gzip
+import io
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -192,6 +194,97 @@ def test_missing_and_damaged_npz(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="damaged"):
             load_data("npz", data_path=str(path), **OPTIONS)
+
+
+def write_archive(path, **members):
+    """Write members as they are: arrays, or bytes of a .npy file."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, member in members.items():
+            if not isinstance(member, bytes):
+                file = io.BytesIO()
+                np.save(file, member)
+                member = file.getvalue()
+            archive.writestr(f"{name}.npy", member)
+
+
+def header(shape, dtype="|u1"):
+    """Return the head of a .npy file that says what it likes."""
+    file = io.BytesIO()
+    content = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_train": np.array([0] * 11 + [10**9])}, r"name 1,000,000,001 classes, .* 16 samples"),
+        ({"class_names": np.array("all")}, r"class_names must be a list of names.*\(\)"),
+        ({"class_names": np.zeros((3, 2))}, "class_names must be a list of names"),
+        ({"class_names": np.array([None, {}])}, "holds Python objects"),
+        ({"x_train": np.zeros((12, 0, 0, 3), np.uint8)}, "is 0x0: it has no pixels"),
+        ({"x_train": header((10**12, 6, 5, 3))}, "speaks of uint8 .* and the file has 0 bytes"),
+        ({"x_train": header((-12, 6, 5, 3))}, "speaks of uint8"),
+        ({"y_train": header((2**62, 2**62), "<i8")}, "speaks of int64"),
+        ({"x_train": b"\x93NUMPY\x01\x00\xff\xff"}, "damaged"),
+        ({"x_train": b"\x93NUMPY\x01\x00\x06\x00((((\n "}, "the header of x_train.npy"),
+        ({"x_train": b"\x93NUMPY\x09\x00"}, "unknown version"),
+        ({"x_train": b""}, "damaged"),
+        ({"y_test": np.array([0, 1, 2, 2**63], np.uint64)}, r"name 9,223.* classes"),
+        ({"x_test": np.zeros((4, 1, 2**27, 1), np.uint8)}, "pictures of up to 67,108,864 are read"),
+    ],
+)
+def test_hostile_npz(tmp_path, changes, message):
+    path = tmp_path / "hostile.npz"
+    arrays = {
+        "x_train": np.zeros((12, 6, 5, 3), np.uint8),
+        "y_train": np.arange(12) % 3,
+        "x_test": np.zeros((4, 6, 5, 3), np.uint8),
+        "y_test": np.arange(4) % 3,
+    }
+    write_archive(path, **{**arrays, **changes})
+    with pytest.raises(DataError, match=message):
+        load_data("npz", data_path=str(path), **OPTIONS)
+
+
+def test_an_array_named_npz(tmp_path):
+    path = tmp_path / "a.npz"
+    with open(path, "wb") as file:
+        np.save(file, np.zeros((3, 4)))
+    with pytest.raises(DataError, match=r"damaged, or no \.npz file"):
+        load_data("npz", data_path=str(path), **OPTIONS)
+
+
+def test_members_nobody_asked_for_stay_packed(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    arrays = {
+        "x_train": np.asfortranarray(np.arange(12 * 90).astype(np.uint8).reshape(12, 6, 5, 3)),
+        "y_train": np.arange(12, dtype=">i2") % 3,
+        "x_test": np.zeros((4, 6, 5, 3), np.uint8),
+        "y_test": np.arange(4) % 3,
+    }
+    write_archive(path, **arrays, bomb=bytes(10**6), objects=np.array([{}]))
+    opened = []
+    original = zipfile.ZipFile.open
+
+    def watched(self, name, *args, **kwargs):
+        opened.append(name.filename)
+        return original(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", watched)
+    data = load_data("npz", data_path=str(path), **(OPTIONS | {"normalize": False}))
+    assert set(opened) == {f"{name}.npy" for name in arrays}
+    image, label = data.train[7]
+    np.testing.assert_allclose(image * 255, arrays["x_train"][7].transpose(2, 0, 1), rtol=1e-6)
+    assert label == 1
+
+
+def test_more_than_the_memory_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    write_npz(path)
+    monkeypatch.setattr(dataset, "memory_size", lambda device: 1000)
+    with pytest.raises(DataError, match=r"this machine has 0\.0 GB"):
+        load_data("npz", data_path=str(path), **OPTIONS)
 
 
 # ---------------------------------------------------------------------------------------------
