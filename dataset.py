@@ -7,11 +7,15 @@ normalised a batch at a time; folders of images are decoded one by one through t
 import contextlib
 import math
 import os
+import re
+import stat
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,8 +349,7 @@ def load_torchvision(data_path: str, class_name: str, files: Sequence[str]) -> t
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(source, target)
         return read()
-    # AssertionError and KeyError are what its parsers raise on a damaged file.
-    except (OSError, RuntimeError, ValueError, EOFError, AssertionError, KeyError) as error:
+    except Exception as error:  # its parsers raise what they like: assertions, keys, types, …
         raise DataError(
             f"{class_name} could not be read or downloaded ({type(error).__name__}: {error}). "
             f"Put these files there by hand, then run again:\n  {wanted}"
@@ -361,7 +364,7 @@ def to_image_tensor(images: Any) -> Tensor:
 
 
 def torchvision_builder(
-    name: str, class_name: str, files: Sequence[str], *, flip: bool
+    name: str, class_name: str, files: Sequence[str], shape: tuple[int, ...], *, flip: bool
 ) -> Callable[..., Data]:
     """Make the builder of a data set of `torchvision.datasets`.
 
@@ -369,15 +372,34 @@ def torchvision_builder(
         name: Its name here.
         class_name: Its name there.
         files: See :func:`load_torchvision`.
+        shape: Shape (C, H, W) of its images.
         flip: Whether a mirrored image is still of its class.
     """
 
     def build(*, data_path: str, **options: Any) -> Data:
         train, test = load_torchvision(data_path, class_name, files)
-        arrays = [
-            (to_image_tensor(part.data), torch.as_tensor(part.targets, dtype=torch.int64))
-            for part in (train, test)
-        ]
+        arrays = []
+        for part in (train, test):
+            images = to_image_tensor(part.data)
+            labels = torch.as_tensor(part.targets, dtype=torch.int64)
+            what = f"{data_path}: the {'training' if part is train else 'test'} set of {name}"
+            if len(images) == 0 or labels.shape != images.shape[:1]:
+                raise DataError(
+                    f"{what} has {len(images)} images and {labels.numel()} labels: it needs one "
+                    "label per image. The files are damaged: replace them."
+                )
+            check_picture_size(f"{what}: every image", *images.shape[2:])
+            if images.shape[1:] != shape:
+                raise DataError(
+                    f"{what} has images of {tuple(images.shape[1:])} (C, H, W), not of {shape}. "
+                    "The files are damaged, or of another data set (--dataset npz takes any size)."
+                )
+            if labels.min() < 0 or labels.max() >= len(train.classes):
+                raise DataError(
+                    f"{what} has labels in {int(labels.min())} … {int(labels.max())}, and there "
+                    f"are {len(train.classes)} classes. The files are damaged: replace them."
+                )
+            arrays.append((images, labels))
         return build_array_data(name, *arrays, train.classes, flip=flip, **options)
 
     return build
@@ -591,23 +613,6 @@ def _check_labelled_images(path: Path, part: str, x: _Member, y: _Member) -> Non
     check_picture_size(f"{path}: an image of x_{part}", *x.shape[1:3])
 
 
-def check_picture_size(what: str, height: int, width: int) -> None:
-    """Refuse pictures without pixels, and with so many that no memory holds what is made of them.
-
-    Args:
-        what: The picture, for the message.
-        height: Its height in pixels.
-        width: Its width.
-    """
-    if min(height, width) < 1:
-        raise DataError(f"{what} is {height}x{width}: it has no pixels. Leave it out.")
-    if height * width > MOST_PIXELS:
-        raise DataError(
-            f"{what} is {height}x{width}, {height * width:,} pixels, and pictures of up to "
-            f"{MOST_PIXELS:,} are read. Make it smaller, or leave it out."
-        )
-
-
 def check_num_classes(number: int, samples: int, what: str) -> None:
     """Refuse labels that name more classes than samples could ever show.
 
@@ -625,17 +630,78 @@ def check_num_classes(number: int, samples: int, what: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Folders of images
+# Pictures in files
+
+# What Pillow may take a file for, whatever its name says: pictures, and no programs (EPS).
+PICTURE_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
-def _load_image(path: str) -> Any:
+@contextlib.contextmanager
+def open_picture(path: str | os.PathLike) -> Iterator[Any]:
+    """Open a picture; its size is checked by the header before any pixel is decoded.
+
+    Args:
+        path: A regular file: others (pipes, devices) are never opened, they could wait for ever.
+
+    Raises:
+        DataError: If it is missing, damaged, of no known format, or too large.
+    """
     from PIL import Image
 
     try:
-        with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
-    except OSError as error:  # UnidentifiedImageError is one
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged below
+            Image.init()  # which formats there are
+            image = Image.open(path, formats=[f for f in PICTURE_FORMATS if f in Image.OPEN])
+        with image:
+            check_picture_size(f"{path}: the picture", image.height, image.width)
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # Pillow documents no error types: OSError, SyntaxError, struct, …
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def check_picture_size(what: str, height: int, width: int) -> None:
+    """Refuse pictures without pixels, and with so many that no memory holds what is made of them.
+
+    Args:
+        what: The picture, for the message.
+        height: Its height in pixels.
+        width: Its width.
+    """
+    if min(height, width) < 1:
+        raise DataError(f"{what} is {height}x{width}: it has no pixels. Leave it out.")
+    if height * width > MOST_PIXELS:
+        raise DataError(
+            f"{what} is {height}x{width}, {height * width:,} pixels, and pictures of up to "
+            f"{MOST_PIXELS:,} are read. Make it smaller, or leave it out."
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of images
+
+
+def _load_image(path: str, side: int) -> Any:
+    """Read an image of a class folder as RGB.
+
+    Args:
+        path: The file.
+        side: What the shorter side is resized to afterwards.
+    """
+    with open_picture(path) as image:
+        width, height = image.size
+        longer = side * max(width, height) // min(width, height)
+        if side * longer > MOST_PIXELS:
+            raise DataError(
+                f"{path} is {height}x{width}, so narrow that it would be {side}x{longer} once its "
+                "shorter side is resized. Cut it, or leave it out."
+            )
+        return image.convert("RGB")
 
 
 class _AddNoise:
@@ -651,6 +717,11 @@ class _AddNoise:
         return image + self.sigma * torch.randn(image.shape, generator=generator)
 
 
+def _resized(side: int) -> int:
+    """Return what the shorter side of an image is resized to before the center is cut out."""
+    return round(side * 256 / 224)
+
+
 def _folder_transforms(
     side: int, *, augment: bool, noise: float, normalize: bool, seed: int
 ) -> tuple[Callable, Callable]:
@@ -664,7 +735,7 @@ def _folder_transforms(
             steps.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
         return [*steps, v2.ToPureTensor()]
 
-    center = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+    center = [v2.Resize(_resized(side)), v2.CenterCrop(side)]
     random = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
     return (
         v2.Compose((random if augment else center) + finish(None)),
@@ -674,7 +745,7 @@ def _folder_transforms(
 
 def _build_folders(
     name: str,
-    make: Callable[[str, Callable], Dataset],
+    make: Callable[[str, Callable, Callable], Dataset],
     *,
     resize: int | None,
     min_side: int,
@@ -686,7 +757,8 @@ def _build_folders(
     side = resize or max(224, min_side)
     options = {"augment": augment, "noise": noise, "normalize": normalize, "seed": seed}
     train_transform, test_transform = _folder_transforms(side, **options)
-    train, test = make("train", train_transform), make("test", test_transform)
+    load = partial(_load_image, side=_resized(side))
+    train, test = make("train", train_transform, load), make("test", test_transform, load)
     if train.classes != test.classes:
         differing = set(train.classes) ^ set(test.classes)
         raise DataError(
@@ -701,7 +773,7 @@ def _build_folders(
         sample_shape=(3, side, side),
         num_outputs=len(classes),
         class_names=tuple(classes),
-        extra={"evaluation_train": make("train", test_transform)},
+        extra={"evaluation_train": make("train", test_transform, load)},
     )
 
 
@@ -709,7 +781,7 @@ def build_imagefolder(*, data_path: str, **options: Any) -> Data:
     """Load ``<data_path>/train/<class>/*`` and ``<data_path>/test|val/<class>/*``."""
     from torchvision.datasets import ImageFolder
 
-    def make(part: str, transform: Callable) -> Dataset:
+    def make(part: str, transform: Callable, load: Callable) -> Dataset:
         names = ("train",) if part == "train" else ("test", "val")
         folder = next((Path(data_path, n) for n in names if Path(data_path, n).is_dir()), None)
         if folder is None:
@@ -718,8 +790,8 @@ def build_imagefolder(*, data_path: str, **options: Any) -> Data:
                 + ("." if part == "train" else " (or val/<class>/*).")
             )
         try:
-            return ImageFolder(folder, transform=transform, loader=_load_image)
-        except FileNotFoundError as error:
+            return ImageFolder(folder, transform=transform, loader=load)
+        except OSError as error:  # no classes, or none that may be read
             raise DataError(f"{folder}: {error}") from error
 
     return _build_folders("imagefolder", make, **options)
@@ -733,13 +805,13 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
         return data
     import torchvision
 
-    def make(part: str, transform: Callable) -> Dataset:
+    def make(part: str, transform: Callable, load: Callable) -> Dataset:
         try:
             return torchvision.datasets.ImageNet(
                 data_path,
                 split="train" if part == "train" else "val",
                 transform=transform,
-                loader=_load_image,
+                loader=load,
             )
         except (OSError, RuntimeError) as error:
             raise DataError(
@@ -758,32 +830,37 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 LUMA = (0.2989, 0.5870, 0.1140)  # the weights that the published grayscale sets were made with
 
 
+def _by_rows(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
+    """Compute 8-bit pixels (H, W) in float64, some rows at a time: whole pictures take much."""
+    result = np.empty(array.shape[:2], np.uint8)
+    step = max(1, 2**20 // array.shape[1])
+    for top in range(0, len(array), step):
+        rows = function(array[top : top + step].astype(np.float64))
+        result[top : top + step] = rows.clip(0, 255)
+    return result
+
+
 def read_image(path: str | os.PathLike, color: bool) -> tuple[Tensor, bool]:
     """Read a picture as (C, H, W) uint8; return it, and whether its colors had to change.
 
     Args:
-        path: Any file that Pillow reads; 16-bit gray is rounded to 8 bits.
+        path: See :func:`open_picture`; 16-bit gray is rounded to 8 bits.
         color: Three channels; otherwise one, of the usual luma.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                array = np.asarray(image, dtype=np.float64)
-                levels = 65535 if array.max() > 255 else 255
-                array = np.round(array * (255 / levels)).clip(0, 255).astype(np.uint8)
-            elif image.mode in ("L", "1"):
-                array = np.asarray(image.convert("L"))
-            else:
-                array = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    with open_picture(path) as image:
+        if image.mode.startswith("I"):
+            array = np.asarray(image)
+            levels = 65535 if array.max() > 255 else 255
+            array = _by_rows(lambda rows: np.round(rows * (255 / levels)), array)
+        elif image.mode in ("L", "1"):
+            array = np.asarray(image.convert("L"))
+        else:
+            array = np.asarray(image.convert("RGB"))
     changed = (array.ndim == 3) != color
     if changed and color:
         array = np.repeat(array[:, :, None], 3, axis=2)
     elif changed:
-        array = np.round(array @ np.array(LUMA)).clip(0, 255).astype(np.uint8)
+        array = _by_rows(lambda rows: np.round(rows @ np.array(LUMA)), array)
     array = array.transpose(2, 0, 1) if color else array[None]
     return torch.from_numpy(array.copy()), changed
 
@@ -975,6 +1052,18 @@ def sample_labels(dataset: Dataset) -> Tensor:
     return torch.as_tensor(dataset.targets)
 
 
+class _Loader(DataLoader):
+    """A loader whose processes hand on what is wrong with the data, not where they found it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # Where it was raised by another process, its text is that of a traceback.
+            *_, message = re.split(r"^(?:\w+\.)*DataError: ", str(error), flags=re.MULTILINE)
+            raise DataError(message.strip()) from error
+
+
 def _collate(batch: Any) -> Any:
     """Pass on what came as a batch already; stack single samples."""
     return batch if isinstance(batch, tuple) else default_collate(batch)
@@ -1008,7 +1097,7 @@ def build_loader(
     sampler = EpochSampler(dataset, seed) if shuffle else None
     if shuffle and balanced:
         sampler = BalancedStartSampler(dataset, seed, sample_labels(dataset), balanced)
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import os
 import re
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -350,6 +352,108 @@ def test_imagenet_missing(tmp_path):
         load_data("imagenet", data_path=str(tmp_path), **OPTIONS)
 
 
+def bomb(height, width):
+    """Return a PNG file that speaks of more pixels than it holds."""
+
+    def chunk(kind, content):
+        return (
+            len(content).to_bytes(4, "big")
+            + kind
+            + content
+            + zlib.crc32(kind + content).to_bytes(4, "big")
+        )
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    body = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+
+
+def spoil(path, how):
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "device":
+        path.symlink_to("/dev/zero")
+    elif how == "folder":
+        path.mkdir()
+    elif how == "gone":
+        path.symlink_to("nowhere")
+    else:
+        content = {
+            "huge": bomb(50_000, 50_000),
+            "large": bomb(13_000, 13_000),
+            "empty": bomb(0, 0),
+            "short": bomb(300, 300),
+            "narrow": bomb(1, 2**20),
+            "text": b"no image",
+            "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        }
+        path.write_bytes(content[how])
+
+
+SPOILT = {
+    "pipe": "no regular file",
+    "device": "no regular file",
+    "huge": "cannot be read as an image: .*2500000000 pixels",
+    "large": r"is 13000x13000, 169,000,000 pixels, and pictures of up to 67,108,864 are read",
+    "empty": "cannot be read as an image|has no pixels",
+    "short": "cannot be read as an image",
+    "narrow": r"is 1x1048576, so narrow that it would be 18x18874368",
+    "text": "cannot be read as an image",
+    "program": "cannot be read as an image",
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", SPOILT)
+def test_spoilt_images_in_class_folders(tmp_path, how, workers):
+    if workers and how not in ("pipe", "large"):
+        pytest.skip("two kinds in a loading process are enough")
+    make_folders(tmp_path, classes=("cat", "dog"))
+    spoil(tmp_path / "test/cat/1.png", how)
+    data = load_data("imagefolder", data_path=str(tmp_path), **(OPTIONS | {"resize": 16}))
+    with pytest.raises(DataError, match=SPOILT[how]) as failure:
+        list(build_loader(data.test, batch_size=2, num_workers=workers))
+    message = str(failure.value)
+    assert message.startswith(str(tmp_path / "test/cat/1.png"))
+    assert "Traceback" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("how", [*SPOILT, "gone", "folder"])
+def test_spoilt_pictures(tmp_path, how):
+    make_folders(tmp_path, classes=("cat",))
+    path = tmp_path / "test/cat/1.png"
+    spoil(path, how)
+    if how == "narrow":  # nothing is resized here: half a picture stays half a picture
+        message = "cannot be read as an image"
+    else:
+        message = SPOILT.get(how, "cannot be read as an image")
+    with pytest.raises(DataError, match=message):
+        dataset.read_image(path, color=False)
+    # What is no file is no picture of a folder; everything else is refused by name.
+    if how in ("pipe", "device", "gone", "folder"):
+        _, names, _ = dataset.read_image_folders([str(path.parent)], True, "--test_dir")
+        assert names == ["cat/0.png", "cat/2.png"]
+    else:
+        with pytest.raises(DataError, match=r"1\.png"):
+            dataset.read_image_folders([str(path.parent)], True, "--test_dir")
+
+
+def test_pixels_are_those_of_whole_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (700, 1900, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    luma = np.round(pixels @ np.array(dataset.LUMA)).clip(0, 255).astype(np.uint8)
+    image, changed = dataset.read_image(tmp_path / "a.png", color=False)
+    assert changed
+    np.testing.assert_array_equal(image[0], luma)
+    deep = rng.integers(0, 65536, (700, 1900), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "b.png")
+    image, _ = dataset.read_image(tmp_path / "b.png", color=False)
+    np.testing.assert_array_equal(image[0], np.round(deep * (255 / 65535)).astype(np.uint8))
+
+
 # ---------------------------------------------------------------------------------------------
 # torchvision
 
@@ -372,6 +476,44 @@ def test_mnist_from_files_on_disk(tmp_path, name, folder):
     assert (len(data.train), len(data.test)) == (30, 10)
     assert data.sample_shape == (1, 28, 28)
     assert data.train[3][1] == 3
+
+
+def write_idx(path, array, kind=8, shape=None):
+    shape = array.shape if shape is None else shape
+    head = bytes([0, 0, kind, len(shape)]) + np.array(shape, ">u4").tobytes()
+    path.write_bytes(head + array.tobytes())
+
+
+IMAGES = np.zeros((30, 28, 28), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "details", "message"),
+    [
+        ("labels-idx1", np.zeros(20, np.uint8), {}, "30 images and 20 labels"),
+        ("labels-idx1", np.full(30, 255, np.uint8), {}, "labels in 255 … 255, and there are 10"),
+        ("labels-idx1", np.zeros((30, 1), np.uint8), {}, "could not be read"),
+        ("labels-idx1", np.zeros(30, ">f4"), {"kind": 13}, "could not be read"),
+        ("images-idx3", np.zeros((30, 28, 28), ">f4"), {"kind": 13}, "could not be read"),
+        ("images-idx3", IMAGES, {"kind": 10}, "could not be read"),
+        ("images-idx3", IMAGES, {"shape": (2**31, 28, 28)}, "could not be read"),
+        ("images-idx3", IMAGES, {"shape": (0, 28, 28)}, "could not be read"),
+        ("images-idx3", np.zeros((0, 28, 28), np.uint8), {}, "0 images|could not be read"),
+        ("images-idx3", np.zeros((30, 5, 28), np.uint8), {}, r"images of \(1, 5, 28\)"),
+        ("images-idx3", np.zeros((30, 0, 0), np.uint8), {}, "no pixels|could not be read"),
+    ],
+)
+def test_hostile_idx(tmp_path, monkeypatch, kind, array, details, message):
+    import torchvision
+
+    def no_network(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", no_network)
+    write_mnist(tmp_path / "MNIST/raw")
+    write_idx(tmp_path / f"MNIST/raw/train-{kind}-ubyte", array, **details)
+    with pytest.raises(DataError, match=message):
+        load_data("mnist", data_path=str(tmp_path), **OPTIONS)
 
 
 def test_damaged_mnist(tmp_path):
