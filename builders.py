@@ -58,12 +58,13 @@ class SystemOptions(Options):
         choices=("cpu", "cuda", "mps", "auto"),
         resumable=True,
     )
-    seed: int = option(0, "seed of everything drawn at random", least=0)
+    seed: int = option(0, "seed of everything drawn at random", least=0, most=2**32 - 1)
     num_workers: int = option(
         -1,
         "loading processes; -1: none for data in memory, else up to 4",
         least=-1,
         resumable=True,
+        most=128,
     )
 
 

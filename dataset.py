@@ -99,8 +99,10 @@ class DataOptions(Options):
         least=0,
         below=1,
     )
-    limit_train: int = option(None, "use the first N training samples", kind=int, least=1)
-    limit_test: int = option(None, "use the first N test samples", kind=int, least=1)
+    limit_train: int = option(
+        None, "use the first N training samples", kind=int, least=1, most=10**12
+    )
+    limit_test: int = option(None, "use the first N test samples", kind=int, least=1, most=10**12)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ class ImageOptions(Options):
         "folder of the data (downloads go there), or the file of --dataset npz",
         resumable=True,
     )
-    resize: int = option(None, "side of the square images are resized to", kind=int, least=1)
+    resize: int = option(
+        None, "side of the square images are resized to", kind=int, least=1, most=4096
+    )
     augment: bool = option(
         False,
         "random crops, and flips where a mirrored image is still of its class",
@@ -123,6 +127,7 @@ class ImageOptions(Options):
         0.0,
         "standard deviation of Gaussian noise on images in [0, 1], in training and testing",
         least=0,
+        most=100,
     )
 
 

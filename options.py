@@ -11,6 +11,7 @@ This file imports nothing of ours.
 import argparse
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -114,6 +115,8 @@ class Option:
         """Say which bound a number breaks: "must be at least 1"; None if it keeps them all."""
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
+        if not math.isfinite(value):
+            return "must be a finite number"
         kept = (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -124,12 +127,12 @@ class Option:
             return None
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
-        if low is not None and high is not None:
+        if low is not None and high is not None and high - low <= 10:
             brackets = "[" if self.above is None else "(", "]" if self.below is None else ")"
             return f"must lie in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
-        if low is not None:
-            return f"must be {'at least' if self.above is None else 'above'} {low:g}"
-        return f"must be {'at most' if self.below is None else 'below'} {high:g}"
+        if low is not None and value <= low:  # a far bound is no help against the near one
+            return f"must be {'at least' if self.above is None else 'above'} {low:.12g}"
+        return f"must be {'at most' if self.below is None else 'below'} {high:.12g}"
 
     def check(self, value: Any) -> None:
         """Refuse a value that is out of bounds or none of the choices.

@@ -217,7 +217,7 @@ class TextOptions(Options):
     title = "Text (--dataset text)"
     text_path: str = option(None, "training text (default: Python's help)", kind=str)
     test_text_path: str = option(None, "test text (default: last tenth of --text_path)", kind=str)
-    num_features: int = option(10, "characters that are looked at", least=1)
+    num_features: int = option(10, "characters that are looked at", least=1, most=1000)
     text_encoding: str = option(
         "ascii",
         "a character is its code (published), or a column of its own",
@@ -237,9 +237,12 @@ class LanguageOptions(Options):
 
     title = "Language: generated text"
     text_prompt: str = option(None, "text to go on with, after training or --test_only", kind=str)
-    text_prediction_length: int = option(100, "characters to add to it", least=0)
+    text_prediction_length: int = option(100, "characters to add to it", least=0, most=10**6)
     text_temperature: float = option(
-        1.0, "below 1 more certain, above 1 more varied; 0 takes the best character", least=0
+        1.0,
+        "below 1 more certain, above 1 more varied; 0 takes the best character",
+        least=0,
+        most=1000,
     )
 
     @classmethod

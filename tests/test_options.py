@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from builders import all_options
+from main import main
+from models import model_class
 from options import Option, OptionError, Options, flagged, merge_options, option, read_texts
 
 
@@ -33,7 +36,7 @@ def test_defaults_pass():
         ({"size": 10}, r"must lie in \[1, 9\]"),
         ({"shape": "odd"}, r"^shape must be one of round, flat \(got 'odd'\)"),
         ({"share": 0.0}, r"^share must lie in \(0, 1\) \(got 0.0\)"),
-        ({"share": math.nan}, r"must lie in \(0, 1\) \(got nan\)"),
+        ({"share": math.nan}, r"must be a finite number \(got nan\)"),
         ({"counts": [1, 0]}, r"counts must be at least 1 \(got 0\)"),
     ],
 )
@@ -100,3 +103,52 @@ def test_names_become_flags():
     assert flagged("--batch_size 3, my_batch_size, a/batch_size", names) == (
         "--batch_size 3, my_batch_size, a/batch_size"
     )
+
+
+def test_every_number_has_a_largest_sensible_value():
+    for name, (_, each) in all_options().items():
+        if each.kind is int:
+            assert each.most is not None or each.below is not None, name
+            high = each.most if each.below is None else each.below
+            for beyond in (10**9, 10**20) if high < 10**9 else (10**20,):
+                assert each.out_of_bounds(beyond) is not None, name
+        if each.kind is float:
+            for text in ("inf", "-inf", "nan"):
+                with pytest.raises(ValueError, match="must"):
+                    each.parse(text)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--seed", 2 * 10**13),
+        ("--num_workers", 10**9),
+        ("--resize", 10**9),
+        ("--padding", 10**20),
+        ("--depth", 10**9, "--model", "dncnn", "--dataset", "photos"),
+        ("--num_blocks", 10**9, "--model", "n3net", "--dataset", "photos"),
+        ("--features", 10**20, "--model", "dncnn", "--dataset", "photos"),
+        ("--num_layers", 10**9, "--model", "dynamic"),
+        ("--splits", 10**20, "--model", "dynamic"),
+        ("--num_features", 10**9, "--model", "dynamic", "--dataset", "text"),
+        ("--lr", "inf"),
+        ("--weight_decay", "nan"),
+    ],
+)
+def test_numbers_beyond_sense_are_refused_by_name(refused, flags):
+    argv = [*("--model", "vgg11", "--dataset", "digits", "--device", "cpu"), *map(str, flags)]
+    code, text = refused(main, argv)
+    assert code == 2
+    assert f"argument {flags[0]}: must" in text
+    assert str(flags[1]) in text
+
+
+def test_the_largest_sizes_are_refused_before_anything_is_allocated(refused):
+    """Built by shapes alone, and refused for their memory."""
+    argv = ["--model", "n3net", "--dataset", "photos", "--device", "cpu"]
+    for each in model_class("n3net").Options.declared():
+        if each.name in ("num_blocks", "features", "embed_features", "block_channels"):
+            argv += [f"--{each.name}", str(int(each.most))]
+    code, text = refused(main, argv)
+    assert code == 2
+    assert "GB" in text, text
