@@ -17,7 +17,7 @@ from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
 from ops.shapes import rehearse
-from options import Option, Options, merge_options, option
+from options import Option, Options, check_stored, merge_options, option
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
 from trainers import TRAINERS, Trainer
@@ -297,6 +297,7 @@ def open_feature_network(
 ) -> tuple[Data, nn.Module, str]:
     """Load a network trained here, and the data normalised and sized as it wants them."""
     checkpoint = load_checkpoint(path)
+    check_stored({n: each for n, (_, each) in all_options().items()}, checkpoint["args"], path)
     stored = {**values, **checkpoint["args"]}
     source = replace(choice, model=stored["model"], layer=stored["layer"])
     model_type = source.model_type

@@ -30,7 +30,7 @@ from dataset import DataError, build_loader
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
-from options import HelpFormatter, OptionError, add_flag, flagged, read_texts
+from options import HelpFormatter, OptionError, add_flag, check_stored, flagged, read_texts
 from tasks import DATASETS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
@@ -43,6 +43,7 @@ from utils import (
     load_pretrained,
     load_weights,
     parse_args_text,
+    read_text_file,
     read_weights,
     seed_everything,
     world_size,
@@ -156,9 +157,9 @@ def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, 
     if path is None:
         return {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
+        text = read_text_file(path)
+    except ValueError as error:
+        parser.error(f"--config {error}")
     known = {name: each for name, (_, each) in all_options().items()}
     try:
         return read_texts(known, parse_args_text(text), path)
@@ -204,6 +205,10 @@ def read_checkpoint(
         parser.error(f"{flag}: {error}")
     stored = checkpoint["args"]
     known = {name: each for name, (_, each) in all_options().items()}
+    try:
+        check_stored(known, stored, path)
+    except ValueError as error:
+        parser.error(f"{flag}: {error}")
     of_run = {name for name, each in known.items() if each.of_run}
     choice = stored_choice(stored, values)
     if values["resume"]:
@@ -233,6 +238,7 @@ def adopt_pretrained(
     path = values["pretrained"]
     try:
         _, stored = read_weights(path)
+        check_stored({name: each for name, (_, each) in all_options().items()}, stored, path)
     except ValueError as error:
         parser.error(f"--pretrained: {error}")
     choice = stored_choice(stored, values)
@@ -474,9 +480,10 @@ def treat_file(
 
 def describe_run(command: str) -> str:
     """Return the comment lines above the arguments in args.txt."""
+    lines = command.encode("utf-8", "backslashreplace").decode().splitlines()
     return (
-        f"# {command}\n"
-        f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
+        "".join(f"# {line}\n" for line in lines)  # a text on it may hold line breaks
+        + f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
         f"neighbor kernels {native.status().splitlines()[0]}\n"
     )
 

@@ -6,7 +6,6 @@ References:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from dataset import Data, DataError
 from options import Options, option
 from tasks.task import Finding, Task
-from utils import RunFolder, write_text
+from utils import RunFolder, read_text_file, write_text
 
 __all__ = [
     "LanguageTask",
@@ -107,9 +106,9 @@ def read_text(path: str, flag: str) -> str:
         flag: The flag that named it, for messages.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
+        return read_text_file(path)
+    except ValueError as error:
+        raise DataError(f"{flag}: {error}") from error
 
 
 def build_text(

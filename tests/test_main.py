@@ -386,6 +386,50 @@ def test_a_damaged_checkpoint_is_refused(run, refused):
     assert "no checkpoint of this program" in refused(main, argv)[1]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"K": "9"},
+        {"layer": 5},
+        {"layer": "Conv9d"},
+        {"model": ["tiny"]},
+        {"model": "nothing"},
+        {"dataset": None},
+        {"task": "cooking"},
+        {"task": 3},
+        {"batch_size": 0},
+        {"batch_size": None},
+        {"lr": "fast"},
+        {"seed": 10**20},
+        {"augment": "yes"},
+        {"val_split": float("nan")},
+    ],
+)
+@pytest.mark.parametrize("flag", ["--test_only", "--resume", "--pretrained"])
+def test_wrong_arguments_in_a_checkpoint_are_refused(run, refused, flag, changes, tmp_path):
+    names = ("model", "layer", "dataset", "K")
+    stored = dict(zip(names, ("tiny", "Conv2d", "digits", 9), strict=True)) | changes
+    weights = {"classifier.bias": torch.zeros(10)}
+    torch.save({"format": 1, "model": weights, "args": stored}, "a.pt")
+    files = ["a.pt"] if flag == "--pretrained" else ["--checkpoint", "a.pt"]
+    code, text = refused(main, [flag, *files, "--device", "cpu"])
+    assert code == 2
+    assert text.count("error:") == 1
+    assert "a.pt is damaged: its argument" in text
+    assert next(iter(changes)) in text
+
+
+def test_a_prompt_of_two_lines_is_repeated(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    prompt = " He said:\nK: 3\n# or\n"
+    argv = ["--model", "dynamic", "--dataset", "text", "--limit_train", "300", "--device", "cpu"]
+    argv += ["--limit_test", "20", "--text_prediction_length", "5"]
+    first = main([*argv, "--text_prompt", prompt])
+    again = main(["--config", f"{first['output_dir']}/args.txt", "--device", "cpu"])
+    assert again["generated"] == first["generated"]
+    assert first["generated"].startswith(prompt)
+
+
 def test_config_with_a_bad_value_is_refused(refused, tmp_path):
     path = tmp_path / "args.txt"
     path.write_text("K: many\n")

@@ -8,7 +8,16 @@ import pytest
 from builders import all_options
 from main import main
 from models import model_class
-from options import Option, OptionError, Options, flagged, merge_options, option, read_texts
+from options import (
+    Option,
+    OptionError,
+    Options,
+    check_stored,
+    flagged,
+    merge_options,
+    option,
+    read_texts,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,64 @@ def test_words_become_values():
     ):
         with pytest.raises(ValueError, match=message):
             read_texts(known, texts, "args.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("5", "expected a list of words"),
+        ("[]", "expected a list of words"),
+        ('[["a"]]', "expected a list of words"),
+        ('{"a": 1}', "expected a list of words"),
+        ("folder", "cannot be read"),
+    ],
+)
+def test_what_is_no_list_is_refused(text, message):
+    known = {"people": Option("people", None, "who", kind=str, several="list")}
+    with pytest.raises(ValueError, match=message):
+        read_texts(known, {"people": text}, "args.txt")
+
+
+def test_none_is_refused_where_it_is_no_value():
+    known = {each.name: each for each in Both.declared()}
+    with pytest.raises(ValueError, match=r"args\.txt: size: None is no value of it: how large"):
+        read_texts(known, {"size": "None"}, "args.txt")
+    assert read_texts(known, {"people": "None"}, "args.txt") == {"people": None}
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"size": "7"}, r"run\.pt is damaged: its argument size should be int \(got '7', str\)"),
+        ({"size": True}, "size should be int"),
+        ({"size": 2.5}, "size should be int"),
+        ({"size": None}, "size should be int"),
+        ({"size": 10}, r"its argument size must lie in \[1, 9\]"),
+        ({"size": [1]}, "size should be int"),
+        ({"shape": 3}, "shape should be str"),
+        ({"shape": "odd"}, "shape must be one of round, flat"),
+        ({"shape": {"round": 1}}, "shape should be str"),
+        ({"share": math.nan}, "share must"),
+        ({"share": "0.5"}, "share should be float"),
+        ({"people": "a"}, "people should be a list of str"),
+        ({"people": [1]}, "people should be a list of str"),
+        ({"people": []}, "people should be a list of str"),
+        ({"counts": ["1"]}, "counts should be int"),
+        ({"counts": []}, "counts should be int"),
+        ({"counts": [1, 0]}, "counts must be at least 1"),
+        ({"fast": 1}, "fast should be bool"),
+    ],
+)
+def test_stored_values_of_another_form_are_refused(stored, message):
+    known = {each.name: each for each in Both.declared()}
+    with pytest.raises(ValueError, match=message):
+        check_stored(known, stored, "run.pt")
+
+
+def test_stored_values_are_taken():
+    known = {each.name: each for each in Both.declared()}
+    check_stored(known, {**Both.defaults(), "counts": [1, 3], "other": object(), 3: 4}, "run.pt")
+    check_stored(known, {"people": ["a"], "share": 0.25, "path": None}, "run.pt")
 
 
 def test_an_unknown_name_is_noted(capsys):
