@@ -286,6 +286,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     checkpoint = read_tensor_file(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint or "args" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of this program (it lacks 'model' and 'args').")
+    for name in ("model", "args"):
+        if not isinstance(checkpoint[name], Mapping):
+            raise ValueError(f"{path} is no checkpoint of this program: '{name}' is no table.")
     return checkpoint
 
 
