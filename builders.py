@@ -90,6 +90,11 @@ class OutputOptions(Options):
     config: str = option(
         None, "args.txt of a former run; flags on the command line win over it", of_run=True
     )
+    check_data: bool = option(
+        False,
+        "read every sample once, count the classes, write nothing; what is broken is named",
+        of_run=True,
+    )
     dry_run: bool = option(
         False,
         "build everything, take two steps, evaluate two batches, write nothing",

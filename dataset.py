@@ -43,6 +43,7 @@ __all__ = [
     "build_npz",
     "encode_data",
     "image_side",
+    "inspect_data",
     "limit",
     "read_image",
     "read_image_folders",
@@ -1074,6 +1075,14 @@ def _collate(batch: Any) -> Any:
     return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
+def loading_processes(dataset: Dataset, wanted: int) -> int:
+    """Return how many processes load a data set; -1 asks for as many as serve it."""
+    base = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if wanted >= 0:
+        return wanted
+    return 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
+
+
 def build_loader(
     dataset: Dataset,
     *,
@@ -1097,8 +1106,7 @@ def build_loader(
     """
     base = dataset.dataset if isinstance(dataset, Subset) else dataset
     batch_size = min(batch_size, getattr(base, "max_batch_size", batch_size))
-    if num_workers < 0:
-        num_workers = 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
+    num_workers = loading_processes(dataset, num_workers)
     sampler = EpochSampler(dataset, seed) if shuffle else None
     if shuffle and balanced:
         sampler = BalancedStartSampler(dataset, seed, sample_labels(dataset), balanced)
@@ -1110,4 +1118,86 @@ def build_loader(
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking
+
+
+class _Inspected(Dataset):
+    """The labels of a data set, or in their place what is wrong with a sample."""
+
+    def __init__(self, dataset: Dataset, name: str, num_classes: int) -> None:
+        self.dataset, self.name, self.num_classes = dataset, name, num_classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> int | str | None:
+        what = f"sample {index} of {self.name}"
+        try:
+            inputs, target = self.dataset[index]
+        except DataError as error:
+            return str(error)
+        if not torch.isfinite(inputs).all():
+            return f"{what} holds numbers that are not finite"
+        target = torch.as_tensor(target)
+        if target.ndim or target.is_floating_point():  # no class
+            return None
+        if not 0 <= target < self.num_classes:
+            return f"{what} has the label {int(target)}, and there are {self.num_classes} classes"
+        return int(target)
+
+
+def inspect_data(data: Data, num_workers: int = 0) -> tuple[dict[str, list[int]], list[str]]:
+    """Read every sample of every set once.
+
+    Args:
+        data: The data.
+        num_workers: See :func:`build_loader`.
+
+    Returns:
+        For every set the number of samples of every class (empty where there are no classes), and
+        a line a set.
+
+    Raises:
+        DataError: With what is wrong with the first samples that cannot be used.
+    """
+    counts: dict[str, list[int]] = {}
+    lines, faults, total = [], [], 0
+    sets = {"train": data.train, "val": data.val, "test": data.test}
+    for name, part in sets.items():
+        if part is None:
+            continue
+        inspected = _Inspected(part, name, data.num_outputs)
+        workers = loading_processes(part, num_workers)
+        found: list[int | str | None] = []
+        for batch in DataLoader(inspected, 64, num_workers=workers, collate_fn=list):
+            found += batch
+        faults += [item for item in found if isinstance(item, str)]
+        total += len(found)
+        labels = [item for item in found if isinstance(item, int)]
+        counts[name] = np.bincount(labels, minlength=data.num_outputs).tolist() if labels else []
+        lines.append(_count_line(name, len(found), counts[name], data.class_names))
+    if faults:
+        shown = "\n  ".join(fault.rstrip(".") for fault in faults[:20])
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise DataError(f"{len(faults)} of {total} samples cannot be used:\n  {shown}{more}")
+    return counts, lines
+
+
+def _count_line(name: str, total: int, counts: list[int], class_names: Sequence[str]) -> str:
+    """Word how often every class is there; of many classes the extremes."""
+    line = f"{name}: {total:,} samples"
+    if not counts:
+        return line + "."
+    line += f" of {len(counts)} classes"
+    if len(counts) <= 20:
+        names = class_names or [str(i) for i in range(len(counts))]
+        pairs = zip(names, counts, strict=True)
+        return f"{line}: {', '.join(f'{label}: {count:,}' for label, count in pairs)}."
+    return (
+        f"{line}, {min(counts):,} to {max(counts):,} of each; "
+        f"{sum(count == 0 for count in counts)} classes without any."
     )

@@ -26,7 +26,7 @@ from builders import (
     load_data,
     rehearse_run,
 )
-from dataset import DataError, build_loader
+from dataset import DataError, build_loader, inspect_data
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
@@ -143,7 +143,8 @@ def parse_arguments(
         values["output_dir"] = base if values["overwrite"] else next_free(base)
     else:
         values["output_dir"] = base
-        writes = not (values["overwrite"] or values["dry_run"] or values["test_only"])
+        of_run = ("overwrite", "dry_run", "test_only", "check_data")
+        writes = not any(values[name] for name in of_run)
         if writes and RunFolder(base).holds_run():
             parser.error(
                 f"--output_dir {base} already holds a run. Add --resume to go on with it, "
@@ -409,6 +410,10 @@ def run_choice(
         if values.get("input") and choice.task_type.treats_files:
             return treat_file(values, choice, task, device, checkpoint, weights)
         data = load_data(values, choice, task, device)
+        if values["check_data"]:
+            counts, lines = inspect_data(data, values["num_workers"])
+            print(*data.notes, *lines, sep="\n")
+            return {"output_dir": None, "counts": counts}
         if choice.entry.shape is None:
             rehearse_run(values, choice, data)
         model = build_model(values, choice, task.sizes(data)).to(device)
