@@ -386,6 +386,17 @@ def test_a_damaged_checkpoint_is_refused(run, refused):
     assert "no checkpoint of this program" in refused(main, argv)[1]
 
 
+def test_a_checkpoint_of_rows_that_are_gone_is_refused(run, refused):
+    run("--output_dir", "run", "--num_epochs", 1)
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    checkpoint["args"]["model"] = "gone"
+    torch.save(checkpoint, "gone.pt")
+    argv = ["--test_only", "--checkpoint", "gone.pt", "--device", "cpu"]
+    code, text = refused(main, argv)
+    assert code == 2
+    assert "made with gone, ConvNN, digits, classification, one of which this version" in text
+
+
 def test_config_with_a_bad_value_is_refused(refused, tmp_path):
     path = tmp_path / "args.txt"
     path.write_text("K: many\n")

@@ -94,7 +94,7 @@ def test_options_of_one_name_share_a_flag():
 
 def test_names_become_flags():
     names = {"batch_size", "sigma", "K"}
-    assert flagged("sigma 0 is small; raise batch_size.", names) == (
+    assert flagged(OptionError("sigma 0 is small; raise batch_size."), names) == (
         "--sigma 0 is small; raise --batch_size."
     )
     assert flagged("--batch_size 3, my_batch_size, a/batch_size", names) == (
