@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "load_data",
     "rehearse_run",
+    "without_rows",
 ]
 
 # ---------------------------------------------------------------------------------------------
@@ -150,6 +151,12 @@ def all_options() -> dict[str, tuple[str, Option]]:
     pairs = [("Model", each) for each in choosing_options()]
     pairs += [(owner.title, each) for owner in all_owners() for each in owner.declared()]
     return merge_options(pairs)
+
+
+def without_rows(known: Mapping[str, Option]) -> dict[str, Option]:
+    """Let the flags that choose rows take any word: rows of a stored run may be gone."""
+    free = {each.name for each in choosing_options()}
+    return {n: replace(each, choices=None) if n in free else each for n, each in known.items()}
 
 
 @dataclass(frozen=True)
@@ -302,7 +309,8 @@ def open_feature_network(
 ) -> tuple[Data, nn.Module, str]:
     """Load a network trained here, and the data normalised and sized as it wants them."""
     checkpoint = load_checkpoint(path)
-    check_stored({n: each for n, (_, each) in all_options().items()}, checkpoint["args"], path)
+    known = {name: each for name, (_, each) in all_options().items()}
+    check_stored(known, checkpoint["args"], path)
     stored = {**values, **checkpoint["args"]}
     source = replace(choice, model=stored["model"], layer=stored["layer"])
     model_type = source.model_type

@@ -25,13 +25,14 @@ from builders import (
     describe,
     load_data,
     rehearse_run,
+    without_rows,
 )
 from dataset import DataError, build_loader, inspect_data
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
 from options import HelpFormatter, OptionError, add_flag, check_stored, flagged, read_texts
-from tasks import DATASETS, Task
+from tasks import DATASETS, TASKS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
 from trainers import TrainingError
@@ -181,11 +182,12 @@ def differing_flags(
 
 def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choice | None:
     """Return the rows that a stored run chose; None if one is not there any more."""
-    merged = {name: stored.get(name, values[name]) for name in ("model", "layer", "dataset")}
     tables = {"model": MODELS, "layer": LAYERS, "dataset": DATASETS}
+    merged = {name: stored.get(name, values[name]) for name in tables}
     if any(merged[name] not in table for name, table in tables.items()):
         return None
-    return chosen({**merged, "task": stored.get("task")})
+    choice = chosen({**merged, "task": stored.get("task")})
+    return choice if choice.task in TASKS else None
 
 
 def read_checkpoint(
@@ -207,16 +209,22 @@ def read_checkpoint(
     stored = checkpoint["args"]
     known = {name: each for name, (_, each) in all_options().items()}
     try:
-        check_stored(known, stored, path)
+        check_stored(without_rows(known), stored, path)
     except ValueError as error:
         parser.error(f"{flag}: {error}")
     of_run = {name for name, each in known.items() if each.of_run}
     choice = stored_choice(stored, values)
+    if choice is None:
+        rows = (stored.get(name) for name in ("model", "layer", "dataset", "task"))
+        parser.error(
+            f"{flag}: {path} was made with {', '.join(str(row) for row in rows if row)}, one of "
+            "which this version does not have. Choose another checkpoint."
+        )
     if values["resume"]:
         resumable = {name for name, each in known.items() if each.resumable}
         fixed = set(stored) - resumable - of_run
     else:
-        fixed = {"model"} if choice is None else choice.fixed_options()
+        fixed = choice.fixed_options()
     if differing := differing_flags(fixed & given, stored, values):
         parser.error(
             f"{flag}: {path} was made by another "
@@ -239,7 +247,8 @@ def adopt_pretrained(
     path = values["pretrained"]
     try:
         _, stored = read_weights(path)
-        check_stored({name: each for name, (_, each) in all_options().items()}, stored, path)
+        known = {name: each for name, (_, each) in all_options().items()}
+        check_stored(without_rows(known), stored, path)
     except ValueError as error:
         parser.error(f"--pretrained: {error}")
     choice = stored_choice(stored, values)
@@ -377,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         check_arguments(values, given, choice)
     except ValueError as error:
-        parser.error(flagged(str(error), all_options()))
+        parser.error(flagged(error, all_options()))
     seed_everything(values["seed"])
     with distributed(wanted=choice.trainer_type.shares) as leader:
         folder = RunFolder(values["output_dir"], writes=leader)
@@ -426,7 +435,7 @@ def run_choice(
         if not values["test_only"]:
             trainer = build_trainer(values, choice, model, task, data, device)
     except ValueError as error:  # DataError, and what layers and models refuse
-        parser.error(flagged(str(error), all_options()))
+        parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
     trainer_type.prepare(model, values)

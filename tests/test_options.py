@@ -99,7 +99,10 @@ def test_none_is_refused_where_it_is_no_value():
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({"size": "7"}, r"run\.pt is damaged: its argument size should be int \(got '7', str\)"),
+        (
+            {"size": "7"},
+            r"run\.pt cannot be used: its argument size should be int \(got '7', str\)",
+        ),
         ({"size": True}, "size should be int"),
         ({"size": 2.5}, "size should be int"),
         ({"size": None}, "size should be int"),
@@ -164,7 +167,7 @@ def test_options_of_one_name_share_a_flag():
 
 def test_names_become_flags():
     names = {"batch_size", "sigma", "K"}
-    assert flagged("sigma 0 is small; raise batch_size.", names) == (
+    assert flagged(OptionError("sigma 0 is small; raise batch_size."), names) == (
         "--sigma 0 is small; raise --batch_size."
     )
     assert flagged("--batch_size 3, my_batch_size, a/batch_size", names) == (
