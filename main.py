@@ -4,8 +4,14 @@ Options are declared beside what they configure (`options.py`); here they become
 and are handed back as keyword arguments. ``main(argv) -> dict`` may be imported.
 """
 
-import argparse
 import os
+
+# OpenMP's threads spin while they wait for each other, and spin away the time of those they wait
+# for where the machine is shared (scripts/bench_busy.py). It reads this when torch is loaded.
+if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
+import argparse
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence

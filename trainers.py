@@ -174,15 +174,15 @@ class Trainer:
         measured = evaluate(dataset, text=name)
         seconds = time.perf_counter() - trained.start
         throughput = trained.samples / trained.seconds
-        extra = "".join(f" | {column}: {value:.6g}" for column, value in columns.items())
+        shown = {column: value for column, value in columns.items() if column != "lr"}
+        extra = "".join(f" | {column}: {value:.6g}" for column, value in shown.items())
         row = {"epoch": trained.epoch, **columns}
         row |= {f"train_{metric}": value for metric, value in trained.metrics.items()}
         row |= {f"{name}_{metric}": value for metric, value in measured.items()}
         line = (
-            f"[Epoch {trained.epoch:03d}] Time: {seconds:.4f}s | "
-            f"[Train] {self.task.line(trained.metrics)} | "
-            f"[{name.capitalize()}] {self.task.line(measured)}{extra} | "
-            f"{throughput:.0f} samples/s"
+            f"[Epoch {trained.epoch:03d}] {seconds:.2f}s | "
+            f"[Train] {self.task.brief(trained.metrics)} | "
+            f"[{name.capitalize()}] {self.task.brief(measured)}{extra}"
         )
         times = {
             "epoch": trained.epoch,

@@ -156,6 +156,11 @@ class ClassificationTask(Task):
         loss = f"Loss: {metrics['loss']:.8f} " if "loss" in metrics else ""
         return f"{loss}Accuracy: Top1: {metrics['top1']:.4f}%, Top5: {metrics['top5']:.4f}%"
 
+    def brief(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the line of an epoch; all digits are in metrics.csv."""
+        loss = f"Loss: {metrics['loss']:.4f} " if "loss" in metrics else ""
+        return f"{loss}Top1: {metrics['top1']:.2f}% Top5: {metrics['top5']:.2f}%"
+
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
     ) -> tuple[dict[str, float], list[str]]:

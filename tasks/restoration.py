@@ -413,6 +413,11 @@ class RestorationTask(Task):
         loss = f"Loss: {metrics['loss']:.8f} " if "loss" in metrics else ""
         return f"{loss}PSNR: {metrics['psnr']:.4f} dB, SSIM: {metrics['ssim']:.4f}"
 
+    def brief(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the line of an epoch; all digits are in metrics.csv."""
+        loss = f"Loss: {metrics['loss']:.4f} " if "loss" in metrics else ""
+        return f"{loss}PSNR: {metrics['psnr']:.2f} dB SSIM: {metrics['ssim']:.4f}"
+
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
     ) -> tuple[dict[str, float], list[str]]:

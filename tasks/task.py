@@ -162,6 +162,10 @@ class Task:
         """Word averaged metrics for the results file."""
         raise NotImplementedError
 
+    def brief(self, metrics: Mapping[str, float]) -> str:
+        """Word averaged metrics for the line of an epoch: two of them fit into 120 characters."""
+        return self.line(metrics)
+
     def predict(self, model: nn.Module, inputs: Any) -> Any:
         """Make the outputs in evaluation."""
         return model(inputs)
