@@ -11,15 +11,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from dataset import Data, DataError, DataOptions, image_side
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from options import Option, Options, merge_options, option
+from ranks import world_size
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
 from trainers import TRAINERS, Trainer
-from utils import describe_model, load_checkpoint, load_weights, memory_size, rehearse
+from utils import (
+    describe_model,
+    load_checkpoint,
+    load_weights,
+    lonely_norms,
+    memory_size,
+    rehearse,
+)
 
 __all__ = [
     "Choice",
@@ -57,6 +66,18 @@ class SystemOptions(Options):
         resumable=True,
     )
     seed: int = option(0, "seed of everything drawn at random", least=0)
+    seeds: list = option(
+        None,
+        "do the run once for each of these seeds, in folders below --output_dir, and report mean "
+        "and standard deviation",
+        kind=int,
+        several="list",
+        least=0,
+        of_run=True,
+    )
+    deterministic: bool = option(
+        False, "use only algorithms that give the same numbers every time, or say which cannot"
+    )
     num_workers: int = option(
         -1,
         "loading processes; -1: none for data in memory, else up to 4",
@@ -81,7 +102,14 @@ class OutputOptions(Options):
         "evaluate best.pt of --output_dir (or --checkpoint) on the test set",
         of_run=True,
     )
-    resume: bool = option(False, "go on from last.pt of --output_dir", of_run=True)
+    resume: str = option(
+        None,
+        "go on from last.pt of --output_dir (or from --checkpoint); auto: from the newest whole "
+        "checkpoint there, or begin if there is none",
+        choices=("last", "auto"),
+        bare="last",
+        of_run=True,
+    )
     overwrite: bool = option(False, "replace the run in --output_dir", of_run=True)
     checkpoint: str = option(None, "checkpoint file for --test_only and --resume", of_run=True)
     config: str = option(
@@ -326,7 +354,43 @@ def build_trainer(
     options = {name: value for name, value in known.items() if name in wanted}
     built = trainer(model, task, device=device, **options)
     built.check_set(len(data.train), values["batch_size"])
+    if trainer.rehearses and task.name == "classification":
+        check_last_batch(values, model, data, device)
     return built
+
+
+def check_last_batch(
+    values: Mapping[str, Any], model: nn.Module, data: Data, device: torch.device
+) -> None:
+    """Refuse batches of one sample where batch norm would see one value per channel in them.
+
+    Raises:
+        ValueError: Names the layer, and the nearest batch size that works.
+    """
+    base = data.train.dataset if isinstance(data.train, Subset) else data.train
+    count, largest = len(data.train), getattr(base, "max_batch_size", values["batch_size"])
+    size = min(values["batch_size"], largest)
+    processes = 1 if values["sync_bn"] else world_size()
+
+    def smallest(size: int) -> int:  # the smallest part of a batch that a process gets
+        last = count % size or min(size, count)
+        parts = [-(-last // processes) if last < processes else last // processes]
+        parts += [size // processes] if count >= size else []
+        return min(parts) // values["accum_steps"]
+
+    if smallest(size) > 1:
+        return
+    names = lonely_norms(model, torch.zeros(1, *data.sample_shape, device=device))
+    if not names:
+        return
+    sizes = sorted(range(2, 2 * size + 2), key=lambda other: (abs(other - size), other))
+    fits = next((other for other in sizes if smallest(other) > 1 and other <= largest), None)
+    fix = "More training samples are needed." if fits is None else f"Use --batch_size {fits}."
+    raise ValueError(
+        f"--batch_size {values['batch_size']} leaves a training batch of one sample ({count} "
+        f"training samples), and batch norm ({names[0]}) would see one value per channel in it, "
+        f"which has no variance. {fix}"
+    )
 
 
 def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = None) -> None:

@@ -53,6 +53,7 @@ class Option:
         several: "list": one or more values (``--name a b``); "commas": one value, or several in
             one word (``1,3,5``).
         metavar: What stands for the value in help texts.
+        bare: The value of a flag that stands without one; None: it needs one.
         argument: Name of the constructor's keyword, if it is another one.
         trainers: The ways of training that read it; empty: all.
         when: Other options and the values of theirs that it belongs to, e.g.
@@ -75,6 +76,7 @@ class Option:
     choices: tuple[str, ...] | None = None
     several: str | None = None
     metavar: str | None = None
+    bare: Any = None
     argument: str | None = None
     trainers: tuple[str, ...] = ()
     when: Mapping[str, tuple] = field(default_factory=dict)
@@ -296,6 +298,8 @@ def add_flag(group: Any, each: Option) -> None:
         details["nargs"] = "+"
     if each.metavar is not None:
         details["metavar"] = each.metavar
+    if each.bare is not None:
+        details |= {"nargs": "?", "const": each.bare}
     group.add_argument(f"--{each.name}", type=parse, choices=each.choices, **details)
 
 
