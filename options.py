@@ -377,4 +377,4 @@ def flagged(message: str, names: Iterable[str]) -> str:
     if first in names:
         message = f"--{first}{gap}{rest}"
     words = "|".join(sorted((n for n in names if "_" in n), key=len, reverse=True))
-    return re.sub(rf"(?<![-\w/.])({words})(?![\w.])", r"--\1", message) if words else message
+    return re.sub(rf"(?<![-\w/.])({words})(?!\w|\.\w)", r"--\1", message) if words else message

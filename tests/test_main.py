@@ -322,6 +322,22 @@ def test_bad_flags_are_refused(run, refused, tmp_path, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--features", "60000"),
+            r"486,002,940,001 parameters.*7,776.0 GB.*the device has [\d.]+ GB",
+        ),
+        (("--features", "4000000000"), "cannot be built on any machine"),
+    ],
+)
+def test_more_parameters_than_memory_are_refused(refused, flags, message):
+    code, text = refused(main, ["--model", "dncnn", "--device", "cpu", *flags])
+    assert code == 2
+    assert re.search(message, text), text
+
+
 def test_vgg_refuses_a_small_resize(run, refused):
     code, text = refused(run, "--resize", 16, model="vgg11")
     assert code == 2
