@@ -64,7 +64,7 @@ COMMANDS = {
     ],
     "growth": [
         *("--model", "dynamic", "--num_epochs", "2", "--num_layers", "2", "--batch_size", "20"),
-        *("--limit_train", "2200", "--save_every", "1", "--prune"),
+        *("--limit_train", "1200", "--save_every", "1", "--prune"),
     ],
     "memory": ["--model", "knn", "--K", "1,3", "--limit_train", "200"],
 }
