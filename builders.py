@@ -369,7 +369,7 @@ def check_last_batch(
         ValueError: Names the layer, and the nearest batch size that works.
     """
     base = data.train.dataset if isinstance(data.train, Subset) else data.train
-    count, largest = len(data.train), getattr(base, "max_batch_size", values["batch_size"])
+    count, largest = len(data.train), getattr(base, "max_batch_size", len(data.train))
     size = min(values["batch_size"], largest)
     processes = 1 if values["sync_bn"] else world_size()
 

@@ -190,7 +190,7 @@ def newest_whole(folder: Path, say: Callable[[str], Any] | None = None) -> Path 
     """Return the newest checkpoint of a folder that can be read; None if there is none."""
     for name in (RunFolder.LAST, RunFolder.BEST):
         path = folder / name
-        if not path.exists():
+        if not os.path.exists(path):
             continue
         try:
             load_checkpoint(path)

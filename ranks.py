@@ -251,10 +251,23 @@ def every_nth_batch(loader: DataLoader) -> DataLoader:
 # Batch normalisation over all processes
 
 
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce  # with gradients
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over the processes; so is its gradient, as every process's result depends on all."""
 
-    return all_reduce(x)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+_sum_over_ranks = _SumOverRanks.apply
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):

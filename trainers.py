@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -487,9 +488,8 @@ class GradientTrainer(Trainer):
         if ranks.initialised():
             if sync_bn:
                 ranks.synchronise_norms(model)
-            self.network = nn.parallel.DistributedDataParallel(
-                model, find_unused_parameters=True, broadcast_buffers=False
-            )
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            self.network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:

@@ -585,7 +585,7 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Say whether an earlier run left results here."""
         names = (self.LAST, self.BEST, self.METRICS, self.TEST)
-        return any((self.path / name).exists() for name in names)
+        return any(os.path.exists(self.path / name) for name in names)
 
     def file(self, name: str) -> Path:
         """Return the path of a file that is about to be written; its folder is made.
