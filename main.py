@@ -43,7 +43,7 @@ from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
 from options import HelpFormatter, Option, OptionError, add_flag, flagged, read_texts
-from ranks import distributed, in_agreement, initialised, world_size
+from ranks import distributed, gather, in_agreement, initialised, world_size
 from tasks import DATASETS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
@@ -513,7 +513,9 @@ def run_command(
             with in_agreement():
                 hold(parser, values, checkpoint, folder, stack)
         try:
-            return run_choice(parser, values, choice, checkpoint, folder, command)
+            results = run_choice(parser, values, choice, checkpoint, folder, command)
+            gather(None)  # every process returns when the first one has written everything
+            return results
         except (TrainingError, DataError, WriteError) as error:
             if leader or not isinstance(error, TrainingError):
                 print(f"error: {error}{resume_hint(folder, keeps)}", file=sys.stderr)

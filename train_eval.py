@@ -75,10 +75,14 @@ class _Averages:
         """Return the averages of all processes' samples, summed in the order of the processes."""
         whole = _Averages()
         for state in ranks.gather(self.state()):
-            for name, total in state["sums"].items():
-                whole.sums[name] = whole.sums[name] + total if name in whole.sums else total
-            whole.count += state["count"]
+            whole.include(state)
         return whole
+
+    def include(self, state: Mapping[str, Any]) -> None:
+        """Add what :meth:`state` of others returned."""
+        for name, total in state["sums"].items():
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.count += state["count"]
 
 
 def _progress(
@@ -340,6 +344,20 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
     return progress
 
 
+def own_place(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return this process's place in the epoch, out of those that a checkpoint holds.
+
+    If it was saved by another number of processes, the first one takes over all their averages.
+    """
+    places = checkpoint.get("places", [checkpoint["place"]])
+    if len(places) == ranks.world_size():
+        return places[ranks.rank()]
+    whole = _Averages()
+    for place in places if ranks.rank() == 0 else []:
+        whole.include(place)
+    return {**checkpoint["place"], **whole.state()}
+
+
 def state_of(trainer: Any, run: Run, progress: Progress, **more: Any) -> dict[str, Any]:
     """Return what a run can be gone on with from."""
     random_state = get_random_state()
@@ -582,9 +600,7 @@ def train(
     else:
         settle(trainer, run, Path(source), checkpoint, progress)
         if "place" in checkpoint:
-            places = checkpoint.get("places", [])
-            mine = len(places) == ranks.world_size() > 1
-            place = places[ranks.rank()] if mine else checkpoint["place"]
+            place = own_place(checkpoint)
             states = {k: v for k, v in checkpoint.items() if k.startswith("random_state")}
             place = {**place, **states}
     if progress.epoch >= num_epochs:

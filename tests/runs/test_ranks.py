@@ -180,9 +180,9 @@ def test_an_error_ends_all_with_one_message(plain):
     done = torchrun(2, plain, [*FLAGS, "--lr", "inf", "--batch_size", 201, "--output_dir", "run"])
     assert done.returncode != 0
     assert done.stderr.count("the weights are ruined") == 1
-    done = torchrun(2, plain, [*FLAGS, "--val_split", "0.001", "--output_dir", "run"])
+    done = torchrun(2, plain, [*FLAGS, "--val_split", "0.001", "--output_dir", "no"])
     assert done.stderr.count("validation samples of 201") == 1
-    assert not Path("run").exists()
+    assert not Path("no").exists()
 
 
 def test_a_killed_process_ends_the_others_and_the_folder_resumes(plain):
