@@ -357,7 +357,7 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
         owner.check(values)
     trainer = choice.trainer_type
     trainer.check(values, choice.task)
-    if values["resume"] and not trainer.resumes:
+    if values["resume"] == "last" and not trainer.resumes:
         raise ValueError(
             f"--resume: --model {choice.model} stores the training set in one go, there is nothing "
             "to go on with. --test_only evaluates the run; --overwrite does it anew."
