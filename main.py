@@ -58,6 +58,7 @@ from utils import (
     load_weights,
     parse_args_text,
     read_weights,
+    save_checkpoint,
     seed_everything,
     write_text,
 )
@@ -517,6 +518,11 @@ def run_command(
             gather(None)  # every process returns when the first one has written everything
             return results
         except (TrainingError, DataError, WriteError) as error:
+            batch = getattr(error, "batch", None)
+            if batch is not None and leader:
+                path = folder.file("nan_batch.pt")
+                save_checkpoint(path, {"batch": list(batch)})
+                print(f"The batch is in {path}.", file=sys.stderr)
             if leader or not isinstance(error, TrainingError):
                 print(f"error: {error}{resume_hint(folder, keeps)}", file=sys.stderr)
             raise SystemExit(1) from error

@@ -153,8 +153,12 @@ def train_one_epoch(
     for step, batch in batches:
         share = None if shares is None else shares.share(step - 1)
         averages.add(trainer.step(batch, share) if share else trainer.step(batch))
-        if step % CHECK_EVERY == 0:
-            trainer.finite(epoch, step)
+        if step % CHECK_EVERY == 0 or trainer.debug_nan:
+            try:
+                trainer.finite(epoch, step)
+            except TrainingError as error:
+                error.batch = batch if trainer.debug_nan else None
+                raise
         if keep is not None and (signum := ranks.agree(faults.asked())) is not None:
             keep_here(trainer.sated)
             raise faults.Stopped(signum)

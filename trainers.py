@@ -89,6 +89,7 @@ class Trainer:
         shares: Whether several processes can share the work.
         splits: Whether they do so by parts of every training batch (`ranks.Shares`).
         advice: What to try when numbers are not finite.
+        debug_nan: Whether :meth:`finite` is asked after every step.
         rehearses: Whether the model maps a batch to outputs before it has learnt anything.
         features: Name of the option that says what samples are replaced by, if there is one.
     """
@@ -104,6 +105,7 @@ class Trainer:
     splits: ClassVar[bool] = False
     advice: ClassVar[str] = "Look for numbers in the data that are not finite."
     rehearses: ClassVar[bool] = False
+    debug_nan = False
     features: ClassVar[str | None] = None
 
     def __init__(self, model: nn.Module, task: Any, *, device: torch.device) -> None:
@@ -297,6 +299,12 @@ class GradientOptions(TrainingOptions):
     sync_bn: bool = option(
         False, "under torchrun: batch norm by the statistics of all processes' samples"
     )
+    debug_nan: bool = option(
+        False,
+        "look at the loss after every step, and keep the batch of one that is not finite, in "
+        "nan_batch.pt",
+        resumable=True,
+    )
     clip_grad_norm: float = option(1.0, "largest norm of the gradients; 0 does not clip", least=0)
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
     lr: float = option(1e-3, "learning rate", least=0)
@@ -426,6 +434,7 @@ class GradientTrainer(Trainer):
         clip_grad_norm: Largest norm of all gradients together; 0 does not clip.
         accum_steps: Parts that a batch is gone through in.
         sync_bn: Batch norm over all processes; see `ranks.SyncedBatchNorm`.
+        debug_nan: Look at the loss after every step.
 
     Under torchrun every process takes its part of each batch (DistributedDataParallel); gradients
     are those of the mean over the whole batch, whether or not it divides.
@@ -462,8 +471,10 @@ class GradientTrainer(Trainer):
         clip_grad_norm: float = 1.0,
         accum_steps: int = 1,
         sync_bn: bool = False,
+        debug_nan: bool = False,
     ) -> None:
         super().__init__(model, task, device=device)
+        self.debug_nan = debug_nan
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
         self.accum_steps = accum_steps
         self.optimizer = build_optimizer(

@@ -351,7 +351,13 @@ class CsvLog:
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and what is saved."""
+    """Training cannot go on; the message says why, and what is saved.
+
+    Attributes:
+        batch: The batch that showed it, where it is known.
+    """
+
+    batch: Any = None
 
 
 class CheckpointError(ValueError):

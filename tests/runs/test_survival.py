@@ -541,3 +541,22 @@ def test_full_memory_is_one_sentence(run, refused, monkeypatch):
     assert code == 1
     assert "is full with --batch_size 20" in text
     assert "--accum_steps" in text
+
+
+def test_debug_nan_keeps_the_batch(run, refused, monkeypatch):
+    from tasks.classification import ClassificationTask
+
+    original, count = ClassificationTask.loss, 0
+
+    def loss(self, outputs, targets):
+        nonlocal count
+        count += 1
+        value = original(self, outputs, targets)
+        return value * float("nan") if count == 2 else value
+
+    monkeypatch.setattr(ClassificationTask, "loss", loss)
+    code, text = refused(run, "--debug_nan", "--output_dir", "run")
+    assert code == 1
+    assert "not finite in epoch 1, step 2" in text
+    images, labels = torch.load("run/nan_batch.pt", weights_only=True)["batch"]
+    assert len(images) == len(labels) == 20
