@@ -36,15 +36,16 @@ from builders import (
     describe,
     load_data,
     rehearse_run,
+    without_rows,
 )
-from dataset import DataError, build_loader
+from dataset import DataError, build_loader, inspect_data
 from environment import describe_environment, fingerprint, record_start
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
-from options import HelpFormatter, Option, OptionError, add_flag, flagged, read_texts
+from options import HelpFormatter, OptionError, add_flag, check_stored, flagged, read_texts
 from ranks import distributed, gather, in_agreement, initialised, world_size
-from tasks import DATASETS, Task
+from tasks import DATASETS, TASKS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
 from utils import (
@@ -57,6 +58,7 @@ from utils import (
     load_pretrained,
     load_weights,
     parse_args_text,
+    read_text_file,
     read_weights,
     save_checkpoint,
     seed_everything,
@@ -162,7 +164,8 @@ def parse_arguments(
         values["output_dir"] = base if values["overwrite"] else next_free(base)
     else:
         values["output_dir"] = base
-        writes = not (values["overwrite"] or values["dry_run"] or values["test_only"])
+        of_run = ("overwrite", "dry_run", "test_only", "check_data")
+        writes = not any(values[name] for name in of_run)
         if writes and RunFolder(base).holds_run():
             parser.error(
                 f"--output_dir {base} already holds a run. Add --resume to go on with it, "
@@ -207,9 +210,9 @@ def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, 
     if path is None:
         return {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
+        text = read_text_file(path)
+    except ValueError as error:
+        parser.error(f"--config {error}")
     known = {name: each for name, (_, each) in all_options().items()}
     try:
         return read_texts(known, parse_args_text(text), path)
@@ -230,11 +233,12 @@ def differing_flags(
 
 def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choice | None:
     """Return the rows that a stored run chose; None if one is not there any more."""
-    merged = {name: stored.get(name, values[name]) for name in ("model", "layer", "dataset")}
     tables = {"model": MODELS, "layer": LAYERS, "dataset": DATASETS}
+    merged = {name: stored.get(name, values[name]) for name in tables}
     if any(merged[name] not in table for name, table in tables.items()):
         return None
-    return chosen({**merged, "task": stored.get("task")})
+    choice = chosen({**merged, "task": stored.get("task")})
+    return choice if choice.task in TASKS else None
 
 
 def read_checkpoint(
@@ -252,7 +256,8 @@ def read_checkpoint(
                 "run folder by --output_dir, or the file by --checkpoint."
             )
         checkpoint = load_checkpoint(path)
-        check_stored(known, checkpoint["args"], path)
+        kept = {name: each for name, each in known.items() if not each.of_run}
+        check_stored(without_rows(kept), checkpoint["args"], path)
     except OSError as error:
         parser.error(f"{flag}: {path} cannot be read: {error.strerror}.")
     except ValueError as error:
@@ -268,11 +273,17 @@ def read_checkpoint(
     stored = checkpoint["args"]
     of_run = {name for name, each in known.items() if each.of_run}
     choice = stored_choice(stored, values)
+    if choice is None:
+        rows = (stored.get(name) for name in ("model", "layer", "dataset", "task"))
+        parser.error(
+            f"{flag}: {path} was made with {', '.join(str(row) for row in rows if row)}, one of "
+            "which this version does not have. Choose another checkpoint."
+        )
     if values["resume"]:
         resumable = {name for name, each in known.items() if each.resumable}
         fixed = set(stored) - resumable - of_run
     else:
-        fixed = {"model"} if choice is None else choice.fixed_options()
+        fixed = choice.fixed_options()
     if differing := differing_flags(fixed & given, stored, values):
         parser.error(
             f"{flag}: {path} was made by another "
@@ -288,25 +299,6 @@ def read_checkpoint(
     return checkpoint
 
 
-def check_stored(known: Mapping[str, Option], stored: Mapping[Any, Any], source: str) -> None:
-    """Refuse arguments in a checkpoint that no run of this program can have had.
-
-    Raises:
-        CheckpointError: Names the argument.
-    """
-    for name, value in stored.items():
-        each = known.get(name) if isinstance(name, str) else None
-        if each is None or each.of_run or value is None:
-            continue
-        kinds = (int, float) if each.kind is float else (each.kind,)
-        for item in value if each.several and isinstance(value, list | tuple) else [value]:
-            if not isinstance(item, kinds) or (each.kind is not bool and isinstance(item, bool)):
-                raise CheckpointError(
-                    f"{source} is damaged: its argument {name} is {value!r}, no "
-                    f"{each.kind.__name__}."
-                )
-
-
 def adopt_pretrained(
     parser: argparse.ArgumentParser, values: dict[str, Any], given: set[str]
 ) -> None:
@@ -314,6 +306,9 @@ def adopt_pretrained(
     path = values["pretrained"]
     try:
         _, stored = read_weights(path)
+        known = {name: each for name, (_, each) in all_options().items()}
+        kept = {name: each for name, each in known.items() if not each.of_run}
+        check_stored(without_rows(kept), stored, path)
     except ValueError as error:
         parser.error(f"--pretrained: {error}")
     choice = stored_choice(stored, values)
@@ -500,9 +495,9 @@ def run_command(
         try:
             check_arguments(values, given, choice)
         except ValueError as error:
-            parser.error(flagged(str(error), all_options()))
+            parser.error(flagged(error, all_options()))
     seed_everything(values["seed"])
-    keeps = not (values["dry_run"] or values["test_only"])
+    keeps = not (values["dry_run"] or values["test_only"] or values["check_data"])
     folder = RunFolder(values["output_dir"], writes=leader)
     if values["test_only"] and not values.get("input") and leader:
         with contextlib.suppress(WriteError):
@@ -674,6 +669,10 @@ def run_choice(
             if values.get("input") and choice.task_type.treats_files:
                 return treat_file(values, choice, task, device, checkpoint, weights)
             data = load_data(values, choice, task, device)
+            if values["check_data"]:
+                counts, lines = inspect_data(data, values["num_workers"])
+                print(*data.notes, *lines, sep="\n")
+                return {"output_dir": None, "counts": counts}
             if choice.entry.shape is None:
                 rehearse_run(values, choice, data)
             model = build_model(values, choice, task.sizes(data)).to(device)
@@ -686,7 +685,7 @@ def run_choice(
             if not values["test_only"]:
                 trainer = build_trainer(values, choice, model, task, data, device)
         except ValueError as error:  # DataError, and what layers and models refuse
-            parser.error(flagged(str(error), all_options()))
+            parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
     trainer_type.prepare(model, values)
@@ -779,9 +778,10 @@ def treat_file(
 
 def describe_run(command: str) -> str:
     """Return the comment lines above the arguments in args.txt."""
+    lines = command.encode("utf-8", "backslashreplace").decode().splitlines()
     return (
-        f"# {command}\n"
-        f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
+        "".join(f"# {line}\n" for line in lines)  # a text on it may hold line breaks
+        + f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
         f"neighbor kernels {native.status().splitlines()[0]}\n"
     )
 
