@@ -77,7 +77,8 @@ SIGNATURES = {
         "es_finish": "ppp",
     },
     "progressive": {
-        "pg_center": "pdiidppppt",
+        "pg_axes": ">i",
+        "pg_rotate": "pdiidppiipppt",
         "pg_sketch": "pippippppt",
         "pg_pack": "pppiiipppt",
         "pg_scan": "ppddpppppppppt",

@@ -25,6 +25,29 @@ constexpr int64_t kTile = 128;          // queries that go over the keys togethe
 constexpr int32_t kFar = 1 << 30;       // beyond every distance of sketches: where a panel holds no key
 constexpr double kUnit = 6.0e-8;        // at least the unit roundoff of float32
 
+constexpr int64_t kTurnRows = 12;       // rows that are rotated together in registers
+constexpr int64_t kTurned = 4 * kTurnRows;
+
+// z[r][0 .. NR) (+)= sum_c x[r][c] axes[c][0 .. NR), of `rows` of kTurnRows rows.
+__attribute__((noinline)) void turn_tile(const float* x, int64_t stride, const float* axes, int64_t count, float* z,
+                                         int64_t zstride, int64_t rows, bool add) {
+  vf sum[kTurnRows][NV] = {};
+  for (int64_t c = 0; c < count; ++c, axes += NR) {
+    const vf a0 = load(axes), a1 = load(axes + VL);
+    UNROLL for (int r = 0; r < kTurnRows; ++r) {
+      const vf b = splat(x[r * stride + c]);
+      sum[r][0] += b * a0;
+      sum[r][1] += b * a1;
+    }
+  }
+  UNROLL for (int r = 0; r < kTurnRows; ++r)
+    if (r < rows) {
+      float* out = z + r * zstride;
+      store(out, add ? load(out) + sum[r][0] : sum[r][0]);
+      store(out + VL, add ? load(out + VL) + sum[r][1] : sum[r][1]);
+    }
+}
+
 struct Row {  // what sketching needs beside the leading coordinates
   double square;  // squared length of the (centered) row
   float extra;    // its coordinate on an axis of its own
@@ -361,30 +384,42 @@ void scan_tile(Scan& s, int64_t q0, int64_t q1, Scratch& w) {
 
 extern "C" {
 
-// Writes rows (n, d) of `type`, for cosine at length 1, minus `mean`, to out (n, d) float32, and the squared lengths
-// before (1 for 0 length counts as 0) and after. OUT_OF_RANGE: NaN or overflow.
-int pg_center(const void* rows, int type, int64_t n, int64_t d, int normalise, const float* mean, float* out,
-              double* before, double* after, int threads) {
+// Rotates rows (n, d) of `type`, for cosine at length 1, less `mean`: z (n, axes in whole panels of pg_axes()) float32 from
+// axes (panels, d, pg_axes()), summed over `block` features at once; and the squared lengths of the rows before and after
+// all that. OUT_OF_RANGE: NaN or overflow.
+int pg_rotate(const void* rows, int type, int64_t n, int64_t d, int normalise, const float* mean, const float* axes,
+              int64_t panels, int64_t block, float* z, double* before, double* after, int threads) {
   std::atomic<bool> fine{true};
-  const auto center = [&](auto* x, int64_t i) {
+  const auto center = [&](auto* x, int64_t i, float* out) {
     bool ok = true;
-    const double norm = center_row(x + i * d, mean, d, normalise != 0, out + i * d, &ok);
+    const double norm = center_row(x + i * d, mean, d, normalise != 0, out, &ok);
     before[i] = squared_norm(x + i * d, d);
     after[i] = norm * norm;
     if (!ok || !(before[i] < 1e300)) fine = false;
   };
   const int code = guarded([&] {
-    run_tasks(threads, (n + 63) / 64, [&](int64_t job) {
-      for (int64_t i = job * 64; i < std::min(n, job * 64 + 64); ++i) switch (type) {
-          case kF32: center((const float*)rows, i); break;
-          case kF64: center((const double*)rows, i); break;
-          case kU8: center((const uint8_t*)rows, i); break;
-          default: center((const int8_t*)rows, i);
+    run_tasks(threads, ceil_div(n, kTurned), [] { return Buffer(); }, [&](int64_t job, Buffer& work) {
+      const int64_t first = job * kTurned, count = std::min(n - first, kTurned);
+      float* x = work.get(size_t(kTurned * d));
+      for (int64_t r = 0; r < count; ++r) switch (type) {
+          case kF32: center((const float*)rows, first + r, x + r * d); break;
+          case kF64: center((const double*)rows, first + r, x + r * d); break;
+          case kU8: center((const uint8_t*)rows, first + r, x + r * d); break;
+          default: center((const int8_t*)rows, first + r, x + r * d);
         }
+      std::fill(x + count * d, x + kTurned * d, 0.0f);
+      for (int64_t c = 0; c < d; c += block)
+        for (int64_t p = 0; p < panels; ++p)
+          for (int64_t r = 0; r < count; r += kTurnRows)
+            turn_tile(x + r * d + c, d, axes + (p * d + c) * NR, std::min(block, d - c),
+                      z + (first + r) * panels * NR + p * NR, panels * NR, std::min<int64_t>(kTurnRows, count - r),
+                      c > 0);
     });
   });
   return code ? code : fine ? DONE : OUT_OF_RANGE;
 }
+
+int64_t pg_axes() { return NR; }
 
 // Sketches n rows from their leading coordinates z (n, stride), squared lengths and extra coordinates (may be null).
 // numbers: axes, width, unit, lost, least, center of the extra coordinate, center of the rest.

@@ -94,16 +94,19 @@ class ExactIndex:
         return len(self.data)
 
     @torch.no_grad()
-    def search(self, queries: Tensor | np.ndarray, K: int) -> tuple[Tensor, Tensor]:
+    def search(
+        self, queries: Tensor | np.ndarray, K: int, *, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Find the K nearest keys of every query.
 
         Args:
             queries: (M, D).
             K: Number of neighbors, 1 … N.
+            wide: Whether to return the values as they were decided, in float64.
 
         Returns:
-            Values (M, K), float32 (float64 if queries or keys are): squared distances, or
-            similarities; and indices (M, K) int64, best first, equal ones by index.
+            Values (M, K), float32 (float64 if wide, or if queries or keys are): squared
+            distances, or similarities; and indices (M, K) int64, best first, equal ones by index.
 
         Raises:
             ValueError: If shapes do not agree, K is out of range, or numbers are not finite.
@@ -114,7 +117,7 @@ class ExactIndex:
             raise ValueError(f"queries must be (M, {d}) like the keys, got {tuple(queries.shape)}")
         if not 1 <= K <= n:
             raise ValueError(f"K must lie in 1 … {n}, the number of keys (got {K})")
-        wide = torch.float64 in (queries.dtype, self.data.dtype)
+        wide = wide or torch.float64 in (queries.dtype, self.data.dtype)
         device = queries.device
         if len(queries) == 0:
             empty = torch.empty(0, K, device=device)

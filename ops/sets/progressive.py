@@ -15,7 +15,7 @@ Hadamard transform before rounding evens out the coordinates, so that one scale 
    K-th of them.
 2. All keys are compared by sketches of 64 numbers; of those in reach the most promising are
    evaluated after a quarter, a half and all of the keys, and shorten the reach.
-3. What is left is compared by sketches of 128 or 256 numbers.
+3. What is left is compared by sketches of 128 numbers.
 4. What is left then is evaluated in float64, the most promising first, until no bound is in reach.
    All keys whose bound equals the K-th cost are evaluated, so that ties go to the lower index.
 
@@ -110,7 +110,7 @@ class Rotation:
     Attributes:
         metric: Of the search.
         mean: (D,) float32, subtracted from every row.
-        axes: (D, A) float32, the most important axis first.
+        axes: The most important first, float32, as :func:`_in_panels` lays them out.
         stages: One or two of growing width.
         longest: R, for dot products.
     """
@@ -127,14 +127,16 @@ class Rotation:
         return sum(stage.width + 8 for stage in self.stages)
 
     def coordinates(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return coordinates (n, A) float32, squared norms before and after centering (n,)."""
+        """Return coordinates (n, A or more), squared norms before and after centering (n,)."""
         n, d = rows.shape
-        centered = torch.empty(n, d)
+        panels = len(self.axes)
+        z = torch.empty(n, panels * self.axes.shape[2])
         before, after = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
-        center = build.kernel("pg_center")
-        unit = int(self.metric == "cosine")
-        center(rows, TYPE_CODES[rows.dtype], n, d, unit, self.mean, centered, before, after)
-        return _rotate(centered, self.axes), before, after
+        build.kernel("pg_rotate")(
+            *(rows, TYPE_CODES[rows.dtype], n, d, int(self.metric == "cosine")),
+            *(self.mean, self.axes, panels, _BLOCK, z, before, after),
+        )
+        return z, before, after
 
     def sketch(self, rows: Tensor, stages: tuple[Stage, ...], keys: bool) -> tuple[list, Tensor]:
         """Sketch rows once for every stage: (data, squares, slips) each; also squared norms."""
@@ -179,13 +181,12 @@ class Rotation:
         return torch.zeros(len(before))
 
 
-def _rotate(rows: Tensor, axes: Tensor) -> Tensor:
-    """Multiply rows (n, D) and axes (D, A), summing over at most `_BLOCK` features at once."""
-    out = rows.new_zeros(len(rows), axes.shape[1])
-    for start in range(0, len(axes), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        out.addmm_(rows[:, part], axes[part])
-    return out
+def _in_panels(axes: Tensor) -> Tensor:
+    """Lay axes (D, A) out as the compiled rotation reads them: (panels, D, axes of a panel)."""
+    size = build.kernel("pg_axes")()
+    panels = -(-axes.shape[1] // size)
+    padded = torch.nn.functional.pad(axes, (0, panels * size - axes.shape[1]))
+    return padded.view(len(axes), panels, size).transpose(0, 1).contiguous()
 
 
 def _hadamard(width: int) -> Tensor:
@@ -229,7 +230,7 @@ def _leading_axes(sample: Tensor, count: int) -> Tensor:
 def _widths(d: int) -> tuple[int, ...]:
     """Widths of the sketches for D features."""
     second = 1 << int(math.log2(max(1, d // 2)))
-    second = min(256, second)
+    second = min(128, second)
     return (_FIRST_WIDTH, second) if second > _FIRST_WIDTH else (_FIRST_WIDTH,)
 
 
@@ -248,14 +249,14 @@ def fit_rotation(keys: Keys, metric: str, longest: float) -> Rotation:
     if not 1e-12 < size < 1e18:
         raise OutOfRange
     widths = _widths(d)
-    axes = _leading_axes(prepared - mean, min(d, widths[-1] - 1 - own))
+    axes = _leading_axes((prepared - mean)[::2], min(d, widths[-1] - 1 - own))
     exact = axes.double()
     skew = (exact.T @ exact - torch.eye(exact.shape[1], dtype=torch.float64)).norm().item()
     if not skew <= 0.1:
         raise OutOfRange
     blocks = -(-d // _BLOCK)
     gamma = 1.01 * (min(d, _BLOCK) + blocks) * _ROUND
-    bare = Rotation(metric, mean, axes, (), longest)
+    bare = Rotation(metric, mean, _in_panels(axes), (), longest)
     z, before, after = bare.coordinates(rows.contiguous())
     extra = bare._extra(before, after, True)
     stages = []
@@ -271,7 +272,7 @@ def fit_rotation(keys: Keys, metric: str, longest: float) -> Rotation:
         lost = skew + gamma * axes[:, :count].norm().item() * 1.001
         # Products that vanish in float32 (below 1e-38) are far below this.
         stages.append(Stage(count, width, unit, lost, max(1e-9 * unit, 1e-30), centers))
-    return Rotation(metric, mean, axes, tuple(stages), longest)
+    return Rotation(metric, mean, bare.axes, tuple(stages), longest)
 
 
 def _choose_step(points: Tensor) -> float:
@@ -386,7 +387,7 @@ def prunes(rotation: Rotation, keys: Keys, queries: Tensor, K: int) -> bool:
 
     Work is counted in 8-bit multiplications; the weights are those of one processor with VNNI.
     """
-    rows = keys.sample().contiguous()
+    rows = keys.sample()[::2].contiguous()
     some = queries[:: max(1, len(queries) // _PROBES)][:_PROBES].contiguous()
     near = max(1, -(-K * len(rows) // len(keys.data)))
     hunt = ProgressiveQueries(rotation, some, near)
