@@ -394,9 +394,10 @@ def prunes(rotation: Rotation, keys: Keys, queries: Tensor, K: int) -> bool:
     hunt.scan(ProgressiveKeys(rotation, rows), rows, 0)
     if hunt.open.double().mean() > 0.05:
         return False
-    pairs = len(some) * len(rows)
-    left, seen, evaluated = (hunt.counts.double() / pairs).tolist()
+    left, seen, evaluated = (hunt.counts.double() / (len(some) * len(rows))).tolist()
+    # Four times K are evaluated on the way, of a sample as of all keys.
+    evaluated += 4 * (K / len(keys.data) - near / len(rows))
     d = rows.shape[1]
-    size = rows.element_size()
-    work = _FIRST_WIDTH + 40 + 600 * left + 6000 * seen + (3000 + 40 * size * d) * evaluated
+    each = 3000 + 20 * rows.element_size() * d
+    work = _FIRST_WIDTH + 40 + 600 * left + 2500 * seen + each * max(0.0, evaluated)
     return work < 0.7 * d
