@@ -36,10 +36,6 @@ struct IntCandidate {
   bool operator<(const IntCandidate& o) const { return cost != o.cost ? cost < o.cost : index < o.index; }
 };
 
-double exact_cost_any(const Search& h, int64_t i, const void* rows, int type, int64_t j) {
-  return Pairs{h.queries, rows, type, h.metric, h.d, h.norm.data()}.cost(i, j);
-}
-
 // ---- scanning -----------------------------------------------------------------------------------------------------
 
 #if ES_VNNI
@@ -122,6 +118,7 @@ int64_t evaluate(Search& h, FloatList* lists, const float* cut, int64_t q0, int6
   for (int64_t i = 0; i < count; ++i) waiting += lists[i].items.size();
   const int64_t stretch = std::max<int64_t>(kPanel, 2 * n * count / int64_t(waiting + 1));  // about two a query
   std::vector<size_t> next(size_t(count), 0), kept(size_t(count), 0);
+  const Pairs pairs{h.queries, rows, type, h.metric, h.d, h.norm.data()};
   int64_t evaluated = 0;
   for (int64_t end = stretch; waiting; end += stretch)
     for (int64_t i = 0; i < count; ++i) {
@@ -132,9 +129,10 @@ int64_t evaluate(Search& h, FloatList* lists, const float* cut, int64_t q0, int6
           items[kept[i]++] = items[c];
           continue;
         }
-        offer(h.best[q0 + i], size_t(h.K),
-              {exact_cost_any(h, q0 + i, rows, type, items[c].index), base_index + items[c].index});
+        auto& best = h.best[q0 + i];
         ++evaluated;
+        if (best.size() == size_t(h.K) && pairs.beyond(q0 + i, items[c].index, best.front().first)) continue;
+        offer(best, size_t(h.K), {pairs.cost(q0 + i, items[c].index), base_index + items[c].index});
       }
       next[i] = c;
     }
@@ -452,6 +450,7 @@ int es_costs(const void* queries, int type, int64_t m, int64_t d, const void* ro
   h.metric = metric;
   h.queries = queries;
   const auto evaluate = [&](int64_t job) {
+    const Pairs pairs{queries, rows, type, metric, d, h.norm.data()};
     for (int64_t i = job * 16; i < std::min(m, job * 16 + 16); ++i) {
       switch (type) {
         case kF32: h.norm[i] = std::sqrt(squared_norm((const float*)queries + i * d, d)); break;
@@ -460,8 +459,8 @@ int es_costs(const void* queries, int type, int64_t m, int64_t d, const void* ro
         default: h.norm[i] = std::sqrt(squared_norm((const int8_t*)queries + i * d, d));
       }
       for (int64_t l = 0; l < length; ++l) {
-        if (l + 1 < length) Pairs{queries, rows, type, metric, d, nullptr}.prefetch(labels[i * length + l + 1]);
-        out[i * length + l] = exact_cost_any(h, i, rows, type, labels[i * length + l]);
+        if (l + 1 < length) pairs.prefetch(labels[i * length + l + 1]);
+        out[i * length + l] = pairs.cost(i, labels[i * length + l]);
       }
     }
   };

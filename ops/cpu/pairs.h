@@ -161,6 +161,26 @@ struct Pairs {
       default: return cost_as<int8_t>(i, j);
     }
   }
+  // Whether the cost of a pair is certainly above `bound`, as float32 can tell: the sum of d squared differences is
+  // within (d + 8) 2^-24 of itself, in whatever order it is taken, unless it over- or underflows.
+  bool beyond(int64_t i, int64_t j, double bound) const {
+    if (type != kF32 || metric != EUCLIDEAN) return false;
+    const float *x = static_cast<const float*>(queries) + i * d, *y = static_cast<const float*>(keys) + j * d;
+    vf lanes[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * VL <= d; c += 4 * VL)
+      UNROLL for (int l = 0; l < 4; ++l) {
+        const vf t = load(x + c + l * VL) - load(y + c + l * VL);
+        lanes[l] += t * t;
+      }
+    lanes[0] += lanes[1];
+    lanes[2] += lanes[3];
+    lanes[0] += lanes[2];
+    float sum = 0;
+    for (; c < d; ++c) sum += (x[c] - y[c]) * (x[c] - y[c]);
+    for (int l = 0; l < VL; ++l) sum += lanes[0][l];
+    return sum < 1e37f && double(sum) * (1 - 6e-8 * double(d + 8)) - 1e-36 > bound;
+  }
   void prefetch(int64_t j) const {
     const int64_t bytes = d * (type == kF32 ? 4 : type == kF64 ? 8 : 1);
     const char* p = static_cast<const char*>(keys) + j * bytes;

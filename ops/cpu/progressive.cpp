@@ -222,6 +222,7 @@ void tighten(Scan& s, Hunt& h, int64_t i, int64_t count, int64_t& evaluated) {
   for (int64_t c = 0; c < count; ++c) s.pairs.prefetch(s.index_of(list[c].place));
   for (int64_t c = 0; c < count; ++c) {
     const int64_t j = s.index_of(list[c].place);
+    if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
     offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
   }
   evaluated += count;
@@ -267,9 +268,11 @@ void finish(Scan& s, Hunt& h, int64_t i, Scratch& w, int64_t& second, int64_t& e
   for (size_t c = 0; c < order.size(); ++c) {
     if (double(order[c].first) * unit > h.reach) break;
     if (c + 2 < order.size()) s.pairs.prefetch(order[c + 2].second);
-    offer(h.best, size_t(s.K), {s.pairs.cost(i, order[c].second), s.base + order[c].second});
-    h.aim(s, i);
     ++evaluated;
+    const int64_t j = order[c].second;
+    if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
+    offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
+    h.aim(s, i);
   }
 }
 
