@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 METHODS = ("ours", "ours float32", "ours built", "faiss", "faiss built")
 METHODS += ("scikit-learn", "scikit-learn-intelex", "USearch", "torch cdist")
-PIXELS = {"pixels": "fashionmnist"}  # kinds of data, and the data set whose images they are
-PIXELS |= dict.fromkeys(("mnist", "mnist float32", "mnist sorted"), "mnist")
+PIXELS = {"pixels": "FashionMNIST"}  # kinds of data, and the data set whose images they are
+PIXELS |= dict.fromkeys(("mnist", "mnist float32", "mnist sorted"), "MNIST")
 FIELDS = ("data", "keys", "queries", "dim", "k", "threads", "method", "seconds", "extra_mib")
 FIELDS += ("cpu_seconds", "agreement", "worst_excess", "ratio", "note")
 
@@ -187,15 +187,13 @@ def make_case(folder, kind, n, m, d, seed, data_path):
     """Write keys.npy and queries.npy."""
     rng = np.random.default_rng(seed)
     if kind in PIXELS:
-        from dataset import load_data
+        from torchvision import datasets
 
-        options = {"resize": None, "min_side": 1, "augment": False, "noise": 0.0}
-        name = PIXELS[kind]
-        data = load_data(name, data_path=data_path, normalize=False, seed=0, **options)
-        keys = data.train.images[:n].flatten(1).numpy()
-        queries = data.test.images[:m].flatten(1).numpy()
+        dataset = getattr(datasets, PIXELS[kind])
+        train, test = (dataset(data_path, train=part, download=True) for part in (True, False))
+        keys, queries = train.data[:n].flatten(1).numpy(), test.data[:m].flatten(1).numpy()
         if "sorted" in kind:
-            keys = keys[np.argsort(data.train.labels[:n].numpy(), kind="stable")]
+            keys = keys[np.argsort(train.targets[:n].numpy(), kind="stable")]
         if "float32" in kind:
             keys, queries = (rows.astype(np.float32) for rows in (keys, queries))
         np.save(folder / "keys.npy", keys)
