@@ -47,7 +47,8 @@ __all__ = ["DEFAULT_MAX_BYTES", "PRECISIONS", "ExactIndex", "exact_search"]
 PRECISIONS = ("auto", "float32")
 DEFAULT_MAX_BYTES = 1 << 26
 # From where on fitting a rotation pays, in a search or in several of the same keys.
-MIN_KEYS, MIN_QUERIES, MIN_FEATURES = 8192, 2048, 128
+# Of more neighbors the candidates are so many that whole products measured faster.
+MIN_KEYS, MIN_QUERIES, MIN_FEATURES, MAX_NEIGHBORS = 8192, 2048, 128, 32
 
 
 class ExactIndex:
@@ -179,7 +180,7 @@ class ExactIndex:
     def _rotation(self, queries: Tensor, keys: Keys, K: int) -> Rotation | None:
         """Return the rotation of the progressive search, or None where it does not pay."""
         n, d = keys.data.shape
-        large = n >= max(MIN_KEYS, 64 * K) and MIN_FEATURES <= d <= 8192
+        large = n >= MIN_KEYS and MIN_FEATURES <= d <= 8192 and K <= MAX_NEIGHBORS
         if self.precision != "auto" or queries.device.type != "cpu" or not large:
             return None
         kept = keys.dtype in self._sketched
