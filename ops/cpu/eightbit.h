@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -285,42 +286,49 @@ inline Quantised quantise(const float* x, float factor, int64_t C, float low, fl
   return {total, std::sqrt(squares)};
 }
 
-// The float32 scores of `count` keys as score_tile computes them: channel by channel in one sum, then the bias.
+// The float32 scores of 8 W keys as score_tile computes them: channel by channel in one sum, then the bias.
+template <bool kScaled, int W>
+inline void exact_block(const float* x, const float* const* rows, const float* scales, const float* biases, int64_t C,
+                        float* out) {
+  v8 scale[W], acc[W];
+  UNROLL for (int w = 0; w < W; ++w) {
+    acc[w] = v8{};
+    scale[w] = *reinterpret_cast<const v8u*>(scales + 8 * w);
+  }
+  int64_t c = 0;
+  for (; c + 8 <= C; c += 8) {
+    UNROLL for (int w = 0; w < W; ++w) {
+      v8 column[8];
+      UNROLL for (int r = 0; r < 8; ++r) column[r] = *reinterpret_cast<const v8u*>(rows[8 * w + r] + c);
+      transpose8(column);
+      UNROLL for (int j = 0; j < 8; ++j)
+        acc[w] = multiply_add8(x[c + j] - v8{}, kScaled ? column[j] * scale[w] : column[j], acc[w]);
+    }
+  }
+  for (; c < C; ++c) {
+    UNROLL for (int w = 0; w < W; ++w) {
+      v8 y;
+      UNROLL for (int j = 0; j < 8; ++j) y[j] = rows[8 * w + j][c];
+      acc[w] = multiply_add8(x[c] - v8{}, kScaled ? y * scale[w] : y, acc[w]);
+    }
+  }
+  UNROLL for (int w = 0; w < W; ++w)
+    *reinterpret_cast<v8u*>(out + 8 * w) = acc[w] + *reinterpret_cast<const v8u*>(biases + 8 * w);
+}
+
+// The same for `count` keys, a multiple of 8: several sums at a time hide their latency.
 template <bool kScaled>
 void exact_scores(const float* x, const float* const* rows, const float* scales, const float* biases, int64_t C,
                   int count, float* out) {
-  constexpr int W = 2;  // two sums at a time hide their latency
-  for (int i = 0; i < count; i += 8 * W) {
-    const float* at[8 * W];
-    v8 scale[W], acc[W] = {};
-    for (int j = 0; j < 8 * W; ++j) {
-      const int key = std::min(i + j, count - 1);
-      at[j] = rows[key];
-      if (kScaled) scale[j / 8][j % 8] = scales[key];
-    }
-    const int width = count - i > 8 ? W : 1;
-    int64_t c = 0;
-    const auto block = [&](int w) {
-      v8 column[8];
-      UNROLL for (int r = 0; r < 8; ++r) column[r] = *reinterpret_cast<const v8u*>(at[8 * w + r] + c);
-      transpose8(column);
-      UNROLL for (int j = 0; j < 8; ++j) {
-        const v8 y = kScaled ? column[j] * scale[w] : column[j];
-        acc[w] = multiply_add8(x[c + j] - v8{}, y, acc[w]);
-      }
+  for (int i = 0; i < count;) {
+    const auto some = [&](auto width) {
+      exact_block<kScaled, width()>(x, rows + i, scales + i, biases + i, C, out + i);
+      i += 8 * width();
     };
-    if (width == W)
-      for (; c + 8 <= C; c += 8) block(0), block(1);
-    else
-      for (; c + 8 <= C; c += 8) block(0);
-    for (; c < C; ++c)
-      for (int w = 0; w < width; ++w) {
-        v8 y;
-        for (int j = 0; j < 8; ++j) y[j] = at[8 * w + j][c];
-        if (kScaled) y *= scale[w];
-        acc[w] = multiply_add8(x[c] - v8{}, y, acc[w]);
-      }
-    for (int j = 0; j < std::min(8 * W, count - i); ++j) out[i + j] = acc[j / 8][j % 8] + biases[i + j];
+    if (count - i >= 32) some(std::integral_constant<int, 4>());
+    else if (count - i == 24) some(std::integral_constant<int, 3>());
+    else if (count - i == 16) some(std::integral_constant<int, 2>());
+    else some(std::integral_constant<int, 1>());
   }
 }
 

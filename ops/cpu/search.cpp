@@ -56,7 +56,8 @@ void score_tile(const float* __restrict a, const float* __restrict b, int C, con
   }
 }
 
-inline float inverse_norm(const float* a, int64_t n) { return 1.f / std::max(std::sqrt(dot(a, a, n)), 1e-12f); }
+inline float inverse_of(float square) { return 1.f / std::max(std::sqrt(square), 1e-12f); }
+inline float inverse_norm(const float* a, int64_t n) { return inverse_of(dot(a, a, n)); }
 
 struct Search {
   const float *queries, *keys;
@@ -284,8 +285,9 @@ struct ByteSearch {
     std::unique_ptr<Sample[]> samples(new Sample[group]);
     std::vector<int32_t> place;
     if (s.self && s.candidates) place.resize(group * s.N);
-    for (int64_t b0 = 0; b0 < s.B; b0 += group) {
-      const int64_t images = std::min(group, s.B - b0);
+    for (int64_t b0 = 0, images; b0 < s.B; b0 += images) {
+      if (2 * std::count(done.begin(), done.begin() + b0 * tasks, 0) > b0 * tasks) return;  // others will be no better
+      images = std::min(b0 ? group : std::min<int64_t>(group, s.threads), s.B - b0);
       run_tasks(s.threads, images * pieces, [&](int64_t task) {
         const int64_t i = task / pieces, first = task % pieces * PIECE;
         parts[task] = look_at(b0 + i, first, std::min(PIECE, s.count - first), task % pieces, pieces,
@@ -306,7 +308,7 @@ struct ByteSearch {
       run_tasks(s.threads, images * tasks, [] { return Work(); }, [&](int64_t task, Work& w) {
         const int64_t i = task / tasks, m0 = task % tasks * TASK_ROWS;
         Sample& sample = samples[i];
-        if (!sample.fits || sample.kept > most_kept() * (sample.rows + 64)) return;
+        if (!sample.fits || sample.kept > most_kept() * (sample.rows + TILE)) return;
         done[(b0 + i) * tasks + task % tasks] = search_rows(
             b0 + i, m0, std::min<int64_t>(TASK_ROWS, s.M - m0), sample, factors.data + i * s.count,
             biases.data + i * s.count, reinterpret_cast<const int32_t*>(packed.data) + i * size,
@@ -319,33 +321,38 @@ struct ByteSearch {
   // The factor and bias of some keys, their range and length; for distances also that of a share of the queries.
   Part look_at(int64_t b, int64_t first, int64_t rows, int64_t part, int64_t parts, float* factor, float* bias) const {
     Part p;
-    const auto range = [&](const float* x, float f, float& low, float& high) {
-      vf least = splat(INF), most = splat(-INF);
+    vf least = splat(INF), most = splat(-INF);
+    const auto range = [&](const float* x, float f) {
       int64_t c = 0;
       for (; c + VL <= s.C; c += VL) {
         const vf v = load(x + c) * f;
         least = v < least ? v : least;
         most = vmax(v, most);
       }
-      for (int l = 0; l < VL; ++l) low = std::min(low, least[l]), high = std::max(high, most[l]);
-      for (; c < s.C; ++c) low = std::min(low, x[c] * f), high = std::max(high, x[c] * f);
+      for (; c < s.C; ++c) {
+        p.low = std::min(p.low, x[c] * f);
+        p.high = std::max(p.high, x[c] * f);
+      }
     };
+    const auto reduce = [&] {
+      for (int l = 0; l < VL; ++l) p.low = std::min(p.low, least[l]), p.high = std::max(p.high, most[l]);
+    };
+    if (s.metric == EUCLIDEAN) {  // all queries of a sample share one scale, so that biases are the same for all
+      for (int64_t m = s.M * part / parts; m < s.M * (part + 1) / parts; ++m) range(s.query(b, m), 1.f);
+      reduce();
+      p.query = std::max(-p.low, p.high);
+      p.low = INF, p.high = -INF, least = splat(INF), most = splat(-INF);
+    }
     for (int64_t j = first; j < first + rows; ++j) {
       const float* y = s.key(b, j);
       const float square = dot(y, y, s.C);
       if (!(square < 1e30f)) p.finite = false;
-      factor[j] = s.metric == COSINE ? inverse_norm(y, s.C) : 1.f;
+      factor[j] = s.metric == COSINE ? inverse_of(square) : 1.f;
       bias[j] = s.metric == EUCLIDEAN ? -0.5f * square : 0.f;
       p.most = std::max(p.most, s.metric == COSINE ? 1.f : square);
-      range(y, factor[j], p.low, p.high);
+      range(y, factor[j]);
     }
-    if (s.metric == EUCLIDEAN) {  // all queries of a sample share one scale, so that biases are the same for all
-      for (int64_t m = s.M * part / parts; m < s.M * (part + 1) / parts; ++m) {
-        float low = 0, high = 0;
-        range(s.query(b, m), 1.f, low, high);
-        p.query = std::max({p.query, -low, high});
-      }
-    }
+    reduce();
     return p;
   }
 
@@ -441,7 +448,7 @@ struct ByteSearch {
     const int64_t ld = std::min(chunk, panels) * PANEL;
     int32_t* scores = reinterpret_cast<int32_t*>(w.scores.get(TILE * ld));
     int32_t* lanes = reinterpret_cast<int32_t*>(w.lanes.get(TILE * num_lanes));
-    if (w.where.size() < size_t(ld + 4)) w.where.resize(ld + 4), w.rows.resize(ld);
+    if (w.where.size() < size_t(ld + 4)) w.where.resize(ld + 4), w.rows.resize(ld + 8);
     const int turns = num_lanes / PANEL;
     int64_t kept = 0;
     for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
@@ -464,7 +471,7 @@ struct ByteSearch {
           kept += decide(b, m0 + r, row, width, key0, floor, bounds[r], queries + r * C, factor, bias, w,
                          s.values + (b * s.M + m0 + r) * s.K + shift, s.indices + (b * s.M + m0 + r) * s.K + shift);
         }
-        if (p0 == 0 && kept > most_kept() * ((t + 1) * TILE + 8)) {
+        if (p0 == 0 && kept > most_kept() * (t + 2) * TILE) {
           sample.kept += kept, sample.rows += (t + 1) * TILE;
           return false;
         }
@@ -522,17 +529,19 @@ struct ByteSearch {
     if (!count) return 0;
     const int64_t* names = s.names(b);
     const float** rows = w.rows.data();
-    float* scales = w.scale.get(count);
-    float* biases = w.bias.get(count);
-    for (int i = 0; i < count; ++i) {
-      rows[i] = s.key(b, key0 + where[i]);
+    const int filled = (count + 7) / 8 * 8;  // by the last one again
+    float* scales = w.scale.get(filled);
+    float* biases = w.bias.get(filled);
+    float* exact = w.exact.get(filled);
+    for (int i = 0; i < filled; ++i) {
+      const int64_t j = key0 + where[std::min(i, count - 1)];
+      rows[i] = s.key(b, j);
       for (int64_t c = 0; c < s.C; c += 16) __builtin_prefetch(rows[i] + c);
-      scales[i] = factor[key0 + where[i]];
-      biases[i] = bias[key0 + where[i]];
+      scales[i] = factor[j];
+      biases[i] = bias[j];
     }
-    float* exact = w.exact.get(count);
-    if (s.metric == COSINE) exact_scores<true>(x, rows, scales, biases, s.C, count, exact);
-    else exact_scores<false>(x, rows, scales, biases, s.C, count, exact);
+    if (s.metric == COSINE) exact_scores<true>(x, rows, scales, biases, s.C, filled, exact);
+    else exact_scores<false>(x, rows, scales, biases, s.C, filled, exact);
     float least = index[found - 1] >= 0 ? std::nextafter(best[found - 1], INF) : -INF;
     if (count > 48) {
       float* most = w.Scratch::lanes.get(lane_count(found));
