@@ -166,41 +166,48 @@ void score_bytes(const int32_t* __restrict queries, const int32_t* __restrict ke
 }
 #endif
 
-// Which of a panel's scores are at least `floor`, as bits.
-inline uint64_t at_least(const int32_t* s, int32_t floor) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// Where n scores (a multiple of 16) are at least `floor`: their count. `bits` has room for n bits and 512 more.
+inline int survivors(const int32_t* s, int64_t n, int32_t floor, uint64_t* bits, int32_t* where) {
+  uint16_t* part = reinterpret_cast<uint16_t*>(bits);
+  int64_t parts = 0;
+#if defined(__AVX512F__)
   const __m512i t = _mm512_set1_epi32(floor);
-  return uint64_t(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(s), t)) |
-         uint64_t(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(s + 16), t)) << 16 |
-         uint64_t(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(s + 32), t)) << 32;
+  for (; parts < n / 16; ++parts) part[parts] = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(s + 16 * parts), t);
 #elif defined(__AVX2__)
   const __m256i t = _mm256_set1_epi32(floor - 1);
   const auto above = [&](const int32_t* p) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return uint64_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, t))));
+    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, t)));
   };
-  return above(s) | above(s + 8) << 8;
+  for (; parts < n / 16; ++parts) part[parts] = uint16_t(above(s + 16 * parts) | above(s + 16 * parts + 8) << 8);
 #else
-  uint64_t bits = 0;
-  for (int j = 0; j < PANEL; ++j) bits |= uint64_t(s[j] >= floor) << j;
-  return bits;
+  for (; parts < n / 16; ++parts) {
+    unsigned word = 0;
+    for (int j = 0; j < 16; ++j) word |= unsigned(s[16 * parts + j] >= floor) << j;
+    part[parts] = uint16_t(word);
+  }
 #endif
-}
-
-// Where the scores of some panels are at least `floor`: their count. `where` has room for four more.
-inline int survivors(const int32_t* s, int64_t panels, int32_t floor, int32_t* where) {
+  std::memset(part + parts, 0, 64);
   int count = 0;
-  for (int64_t p = 0; p < panels; ++p) {
-    uint64_t bits = at_least(s + p * PANEL, floor);
-    const int more = __builtin_popcountll(bits);
-    int32_t* to = where + count;
-    const int32_t first = static_cast<int32_t>(p * PANEL);
-    UNROLL for (int i = 0; i < 3; ++i) {  // most panels have no more: nothing to mispredict
-      to[i] = first + __builtin_ctzll(bits | 1ull << 63);
-      bits &= bits - 1;
+  const int64_t words = (parts + 3) / 4;
+  for (int64_t w0 = 0; w0 < words; w0 += 64) {
+    uint64_t some = 0;  // which words have any: a loop over those alone has little to mispredict
+    for (int64_t w = w0; w < std::min(words, w0 + 64); w += 8) {
+#if defined(__AVX512F__)
+      const uint64_t eight = _mm512_test_epi64_mask(_mm512_loadu_si512(bits + w), _mm512_loadu_si512(bits + w));
+#else
+      uint64_t eight = 0;
+      for (int i = 0; i < 8; ++i) eight |= uint64_t(bits[w + i] != 0) << i;
+#endif
+      some |= eight << (w - w0);
     }
-    for (int i = 3; bits; bits &= bits - 1) to[i++] = first + __builtin_ctzll(bits);
-    count += more;
+    for (; some; some &= some - 1) {
+      const int64_t w = w0 + __builtin_ctzll(some);
+      uint64_t word = bits[w];
+      do {
+        where[count++] = static_cast<int32_t>(64 * w) + __builtin_ctzll(word);
+      } while (word &= word - 1);
+    }
   }
   return count;
 }
@@ -244,6 +251,13 @@ inline int32_t about_kth(const int32_t* lanes, int n, int rank, int32_t slack) {
 
 inline int byte_lanes(int K) { return static_cast<int>(ceil_div(2 * K + 2, PANEL)) * PANEL; }
 
+// The sum of all lanes, in no particular order.
+inline float sum_of(vf v) {
+  float part[4] = {};
+  UNROLL for (int l = 0; l < VL; ++l) part[l % 4] += v[l];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
 // What quantising a row gave: the sum of its numbers, and the length of what it left.
 struct Quantised {
   int64_t sum;
@@ -270,9 +284,9 @@ inline Quantised quantise(const float* x, float factor, int64_t C, float low, fl
   };
   int64_t c = 0;
   for (; c + VL <= C; c += VL) *reinterpret_cast<vtu*>(out + c) = __builtin_convertvector(some(load(x + c)), vt);
-  float squares = 0;
+  float squares = sum_of(left);
   int64_t total = 0;
-  for (int l = 0; l < VL; ++l) squares += left[l], total += sum[l];
+  for (int l = 0; l < VL; ++l) total += sum[l];
   if (c < C) {
     vf tail = splat(0.f);
     for (int64_t l = 0; c + l < C; ++l) tail[l] = x[c + l];

@@ -176,7 +176,7 @@ struct Search {
     if (own_places()) {
       const float* y = keys + (b * N + own(b, m)) * C;
       index[0] = own(b, m);
-      best[0] = dot(x, y, C) * (metric == COSINE ? scale * inverse_norm(y, C) : 1.f);
+      best[0] = dot(x, y, C) * (metric == COSINE ? scale * (x == y ? scale : inverse_norm(y, C)) : 1.f);
       if (metric == EUCLIDEAN) best[0] -= 0.5f * dot(y, y, C);
     }
   }
@@ -259,6 +259,7 @@ struct ByteSearch {
   struct Work : Scratch {
     Buffer queries, numbers, scores, lanes, exact, scale, bias;
     std::vector<int32_t> where;
+    std::vector<uint64_t> bits;
     std::vector<const float*> rows;
   };
 
@@ -408,9 +409,17 @@ struct ByteSearch {
 
   // Quantises a query: x, already scaled, to `numbers`. False if its bound is too wide.
   bool bound(const float* x, const Sample& sample, QueryNumber* numbers, Bound& out) const {
-    float most = 0;
-    for (int64_t c = 0; c < s.C; ++c) most = std::max(most, std::fabs(x[c]));
-    const float length = std::sqrt(dot(x, x, s.C));
+    vf largest = {}, squares = {};
+    int64_t c = 0;
+    for (; c + VL <= s.C; c += VL) {
+      const vf v = load(x + c);
+      largest = vmax(vmax(v, -v), largest);
+      squares += v * v;
+    }
+    float most = 0, square = sum_of(squares);
+    for (int l = 0; l < VL; ++l) most = std::max(most, largest[l]);
+    for (; c < s.C; ++c) most = std::max(most, std::fabs(x[c])), square += x[c] * x[c];
+    const float length = std::sqrt(square);
     std::fill(numbers, numbers + words * GROUP, QueryNumber(0));
     out = {1, 0, 1, most == 0.f};
     if (!(length < 1e15f)) return false;  // or not a number
@@ -437,9 +446,10 @@ struct ByteSearch {
     int32_t* numbers = reinterpret_cast<int32_t*>(w.numbers.get(tiles * TILE * words));
     Bound bounds[TASK_ROWS];
     std::memset(numbers, 0, tiles * TILE * words * 4);
+    const bool known = !s.queries && !s.candidates;  // the query's factor, as that of a key
     for (int64_t r = 0; r < rows; ++r) {
       const float* x = s.query(b, m0 + r);
-      const float scale = s.metric == COSINE ? inverse_norm(x, C) : 1.f;
+      const float scale = s.metric != COSINE ? 1.f : known ? factor[s.own(b, m0 + r)] : inverse_norm(x, C);
       s.begin_row(b, m0 + r, x, scale);
       for (int64_t c = 0; c < C; ++c) queries[r * C + c] = x[c] * scale;
       if (!bound(queries + r * C, sample, reinterpret_cast<QueryNumber*>(numbers + r * words), bounds[r])) return false;
@@ -448,7 +458,7 @@ struct ByteSearch {
     const int64_t ld = std::min(chunk, panels) * PANEL;
     int32_t* scores = reinterpret_cast<int32_t*>(w.scores.get(TILE * ld));
     int32_t* lanes = reinterpret_cast<int32_t*>(w.lanes.get(TILE * num_lanes));
-    if (w.where.size() < size_t(ld + 4)) w.where.resize(ld + 4), w.rows.resize(ld + 8);
+    if (w.where.size() < size_t(ld)) w.where.resize(ld), w.rows.resize(ld + 8), w.bits.resize(ld / 64 + 9);
     const int turns = num_lanes / PANEL;
     int64_t kept = 0;
     for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
@@ -525,7 +535,7 @@ struct ByteSearch {
       if (last > floor) floor = static_cast<int32_t>(std::min<double>(last - 1, 1 << 30));
     }
     int32_t* where = w.where.data();
-    const int count = survivors(row, width, floor, where);
+    const int count = survivors(row, width * PANEL, floor, w.bits.data(), where);
     if (!count) return 0;
     const int64_t* names = s.names(b);
     const float** rows = w.rows.data();
