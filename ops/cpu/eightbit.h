@@ -38,6 +38,13 @@ typedef int16_t KeyNumber;
 typedef int16_t QueryNumber;
 #endif
 
+// Without such instructions (aarch64 included, for now) the search in float32 is the faster one.
+#if defined(__AVX2__)
+constexpr bool BYTES_ARE_FAST = true;
+#else
+constexpr bool BYTES_ARE_FAST = false;
+#endif
+
 constexpr int32_t LOWEST = std::numeric_limits<int32_t>::min();
 constexpr int32_t PADDING = -(1 << 30);  // the score of a key that is none; those of real ones stay above
 constexpr int64_t MOST_CHANNELS = 8192;  // so that sums stay within 2^28, and their bias within 2^29

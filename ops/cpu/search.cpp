@@ -265,11 +265,11 @@ struct ByteSearch {
 
   // Whether packing can pay, and packed keys stay within what the float32 search packs at a time.
   bool pays() const {
-    return found > 0 && s.C >= 16 && s.C <= MOST_CHANNELS && s.count >= 256 && s.M >= 64 &&
+    return BYTES_ARE_FAST && found > 0 && s.C >= 16 && s.C <= MOST_CHANNELS && s.count >= 256 && s.M >= 64 &&
            panels * PANEL * words * 4 <= (8 << 20);
   }
 
-  // Few enough to be worth their scoring in float32: it costs a key about five times what 8 bits save on one.
+  // Keys a query may have scored in float32 on average: each costs several times what 8 bits save on one.
   int64_t most_kept() const { return s.count / 8; }
 
   void run(std::vector<uint8_t>& done) {
@@ -635,6 +635,5 @@ int nn_search(const float* queries, const float* keys, int64_t B, int64_t M, int
                   values, indices, threads});
   });
 }
-
 
 }  // extern "C"
