@@ -51,13 +51,14 @@ class TrainingOptions(Options):
     """What every way of training takes."""
 
     title = "Training"
-    batch_size: int = option(256, "samples per step", least=1)
+    batch_size: int = option(256, "samples per step", least=1, most=10**6)
     num_epochs: int = option(
         150,
         "passes over the training set",
         least=1,
         resumable=True,
         trainers=("gradient", "growth"),
+        most=10**6,
     )
 
 
@@ -215,8 +216,7 @@ class Trainer:
         average = sum(row["seconds"] for row in progress.times) / len(progress.times)
         lines = [
             f"Average Epoch Time: {average:.4f}s",
-            f"Max {self.task.headline_name}: {progress.best_value:.4f}{self.task.headline_unit} "
-            f"at Epoch {progress.best_epoch}",
+            self.best_line(progress.best_value, f"Epoch {progress.best_epoch}"),
         ]
         if held_out is None:
             lines.append(
@@ -228,6 +228,12 @@ class Trainer:
     def finish(self, data: Any, run: RunFolder, evaluate: Any) -> tuple[dict[str, Any], list[str]]:
         """End a run: return results for the caller, and lines."""
         return {}, []
+
+    def best_line(self, value: float, where: str) -> str:
+        """Word the best value of the headline metric."""
+        task = self.task
+        best = "Max" if task.higher_is_better else "Min"
+        return f"{best} {task.headline_name}: {value:.4f}{task.headline_unit} at {where}"
 
     @property
     def unsaved(self) -> str | None:
@@ -264,8 +270,8 @@ class GradientOptions(TrainingOptions):
     clip_grad_norm: float = option(1.0, "largest norm of the gradients; 0 does not clip", least=0)
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
     lr: float = option(1e-3, "learning rate", least=0)
-    weight_decay: float = option(1e-6, "weight decay", least=0)
-    momentum: float = option(0.9, "momentum of sgd", least=0)
+    weight_decay: float = option(1e-6, "weight decay", least=0, most=1e12)
+    momentum: float = option(0.9, "momentum of sgd", least=0, most=10)
     scheduler: str = option(
         "none",
         "learning rate over epochs: times --lr_gamma every --lr_step epochs, cosine to 0, "
@@ -273,10 +279,10 @@ class GradientOptions(TrainingOptions):
         "times --lr_final, or constant",
         choices=("step", "cosine", "plateau", "exponential", "none"),
     )
-    lr_final: float = option(1e-3, "see --scheduler exponential", least=0)
+    lr_final: float = option(1e-3, "see --scheduler exponential", least=0, most=1e12)
     decay_bias: bool = option(True, "weight decay on biases too (not in denoisers, as published)")
-    lr_step: int = option(20, "see --scheduler, in epochs", least=1)
-    lr_gamma: float = option(0.1, "see --scheduler", least=0)
+    lr_step: int = option(20, "see --scheduler, in epochs", least=1, most=10**6)
+    lr_gamma: float = option(0.1, "see --scheduler", least=0, most=1e12)
 
 
 def build_optimizer(
@@ -799,15 +805,13 @@ class MemoryTrainer(Trainer):
         judge = next(iter(self.reports))  # the test set only if there is nothing else
         headline = self.task.headline
         values = {K: self.reports[judge].metrics[K][headline] for K in model.K}
-        model.chosen = max(model.K, key=lambda K: (values[K], -K))
+        sign = 1 if self.task.higher_is_better else -1
+        model.chosen = max(model.K, key=lambda K: (sign * values[K], -K))
 
         lines = self.task.neighbor_lines(model, self.reports)
         stored = f"Stored {len(model.labels)} training samples in {trained.seconds:.4f}s."
         lines[0] = f"{stored} {lines[0]}"
-        lines.append(
-            f"Max {self.task.headline_name}: {values[model.chosen]:.4f}{self.task.headline_unit} "
-            f"at K {model.chosen}"
-        )
+        lines.append(self.best_line(values[model.chosen], f"K {model.chosen}"))
         if len(model.K) > 1:
             chosen_on = {
                 "val": f"on {len(self.reports[judge].labels)} held-out training samples",
