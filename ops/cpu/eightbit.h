@@ -95,10 +95,8 @@ inline void transpose8(V (&r)[8]) {
 
 // scores(TILE, PANEL) = bias + queries keysᵀ over `words`; also updates the lane maxima of each row.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-__attribute__((noinline)) void score_bytes(const int32_t* __restrict queries, const int32_t* __restrict keys,
-                                           int64_t words, const int32_t* bias, int32_t* scores, int64_t ld,
-                                           int32_t* lanes, int64_t lane_ld) {
-  __m512i acc[TILE][3];
+inline __attribute__((always_inline)) void products(const int32_t* __restrict queries, const int32_t* __restrict keys,
+                                                    int64_t words, const int32_t* bias, __m512i (&acc)[TILE][3]) {
   UNROLL for (int r = 0; r < TILE; ++r) {
     UNROLL for (int v = 0; v < 3; ++v) acc[r][v] = _mm512_loadu_si512(bias + 16 * v);
   }
@@ -112,6 +110,13 @@ __attribute__((noinline)) void score_bytes(const int32_t* __restrict queries, co
       asm("vpdpbusd %1, %2, %0" : "+v"(acc[r][2]) : "v"(q), "v"(k2));
     }
   }
+}
+
+__attribute__((noinline)) void score_bytes(const int32_t* __restrict queries, const int32_t* __restrict keys,
+                                           int64_t words, const int32_t* bias, int32_t* scores, int64_t ld,
+                                           int32_t* lanes, int64_t lane_ld) {
+  __m512i acc[TILE][3];
+  products(queries, keys, words, bias, acc);
   UNROLL for (int r = 0; r < TILE; ++r) {
     UNROLL for (int v = 0; v < 3; ++v) {
       int32_t* most = lanes + r * lane_ld + 16 * v;
@@ -120,6 +125,19 @@ __attribute__((noinline)) void score_bytes(const int32_t* __restrict queries, co
     }
   }
 }
+
+// Only which scores are at least their row's floor: a bit each, row r from bits + r ld on.
+__attribute__((noinline)) void compare_bytes(const int32_t* __restrict queries, const int32_t* __restrict keys,
+                                             int64_t words, const int32_t* bias, const int32_t* floors, uint16_t* bits,
+                                             int64_t ld) {
+  __m512i acc[TILE][3];
+  products(queries, keys, words, bias, acc);
+  UNROLL for (int r = 0; r < TILE; ++r) {
+    const __m512i floor = _mm512_set1_epi32(floors[r]);
+    UNROLL for (int v = 0; v < 3; ++v) bits[r * ld + v] = _mm512_cmpge_epi32_mask(acc[r][v], floor);
+  }
+}
+constexpr bool COMPARES = true;
 #elif defined(__AVX2__)
 inline __m256i add_products(__m256i sum, __m256i keys, __m256i queries) {
 #if defined(__AVXVNNI__)
@@ -173,8 +191,13 @@ void score_bytes(const int32_t* __restrict queries, const int32_t* __restrict ke
 }
 #endif
 
-// Where n scores (a multiple of 16) are at least `floor`: their count. `bits` has room for n bits and 512 more.
-inline int survivors(const int32_t* s, int64_t n, int32_t floor, uint64_t* bits, int32_t* where) {
+#if !(defined(__AVX512VNNI__) && defined(__AVX512BW__))
+constexpr bool COMPARES = false;
+inline void compare_bytes(const int32_t*, const int32_t*, int64_t, const int32_t*, const int32_t*, uint16_t*, int64_t) {}
+#endif
+
+// Which of n scores (a multiple of 16) are at least `floor`. `bits` has room for n bits.
+inline void compare(const int32_t* s, int64_t n, int32_t floor, uint64_t* bits) {
   uint16_t* part = reinterpret_cast<uint16_t*>(bits);
   int64_t parts = 0;
 #if defined(__AVX512F__)
@@ -194,9 +217,13 @@ inline int survivors(const int32_t* s, int64_t n, int32_t floor, uint64_t* bits,
     part[parts] = uint16_t(word);
   }
 #endif
-  std::memset(part + parts, 0, 64);
+}
+
+// The places of n bits that are set: their count. There is room for 512 bits more, which are overwritten.
+inline int survivors(uint64_t* bits, int64_t n, int32_t* where) {
+  std::memset(reinterpret_cast<uint16_t*>(bits) + n / 16, 0, 64);
   int count = 0;
-  const int64_t words = (parts + 3) / 4;
+  const int64_t words = (n / 16 + 3) / 4;
   for (int64_t w0 = 0; w0 < words; w0 += 64) {
     uint64_t some = 0;  // which words have any: a loop over those alone has little to mispredict
     for (int64_t w = w0; w < std::min(words, w0 + 64); w += 8) {

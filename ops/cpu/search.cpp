@@ -441,7 +441,6 @@ struct ByteSearch {
   bool search_rows(int64_t b, int64_t m0, int64_t rows, Sample& sample, const float* factor, const float* bias,
                    const int32_t* packed, const int32_t* rounded, const int32_t* place, Work& w) const {
     const int64_t tiles = ceil_div(rows, TILE), C = s.C;
-    const int shift = s.own_places();
     float* queries = w.queries.get(tiles * TILE * C);
     int32_t* numbers = reinterpret_cast<int32_t*>(w.numbers.get(tiles * TILE * words));
     Bound bounds[TASK_ROWS];
@@ -455,15 +454,37 @@ struct ByteSearch {
       if (!bound(queries + r * C, sample, reinterpret_cast<QueryNumber*>(numbers + r * words), bounds[r])) return false;
       if (bounds[r].zero && s.metric != EUCLIDEAN) first_places(b, m0 + r);
     }
-    const int64_t ld = std::min(chunk, panels) * PANEL;
+    const int64_t ld = std::min(chunk, panels) * PANEL, bits_ld = ld / 64 + 9;
     int32_t* scores = reinterpret_cast<int32_t*>(w.scores.get(TILE * ld));
     int32_t* lanes = reinterpret_cast<int32_t*>(w.lanes.get(TILE * num_lanes));
-    if (w.where.size() < size_t(ld)) w.where.resize(ld), w.rows.resize(ld + 8), w.bits.resize(ld / 64 + 9);
+    if (w.where.size() < size_t(ld)) w.where.resize(ld), w.rows.resize(ld + 8), w.bits.resize(TILE * bits_ld);
     const int turns = num_lanes / PANEL;
-    int64_t kept = 0;
+    int64_t kept = 0, before = 0;
     for (int64_t p0 = 0; p0 < panels; p0 += chunk) {
       const int64_t width = std::min(chunk, panels - p0), key0 = p0 * PANEL;
+      // Once lists are full and few keys pass their last places, those alone are looked for.
+      const bool compares = COMPARES && p0 > 0 && kept - before < 24 * rows;
+      before = kept;
       for (int64_t t = 0; t < tiles; ++t) {
+        if (compares) {
+          int32_t floors[TILE];
+          for (int64_t r = 0; r < TILE; ++r)
+            floors[r] = t * TILE + r < rows ? floor_of_list(b, m0 + t * TILE + r, bounds[t * TILE + r]) : 1 << 30;
+          for (int64_t p = 0; p < width; ++p)
+            compare_bytes(numbers + t * TILE * words, packed + (p0 + p) * PANEL * words, words,
+                          rounded + (p0 + p) * PANEL, floors,
+                          reinterpret_cast<uint16_t*>(w.bits.data()) + p * (PANEL / 16), 4 * bits_ld);
+          for (int64_t r = t * TILE; r < std::min(rows, (t + 1) * TILE); ++r) {
+            if (bounds[r].zero && s.metric != EUCLIDEAN) continue;
+            uint64_t* bits = w.bits.data() + r % TILE * bits_ld;
+            if (s.self) {
+              const int64_t at = own_place(b, m0 + r, place) - key0;
+              if (at >= 0 && at < width * PANEL) bits[at / 64] &= ~(1ull << at % 64);
+            }
+            kept += decide(b, m0 + r, bits, width, key0, queries + r * C, factor, bias, w);
+          }
+          continue;
+        }
         std::fill(lanes, lanes + TILE * num_lanes, LOWEST);
         for (int64_t p = 0; p < width; ++p)
           score_bytes(numbers + t * TILE * words, packed + (p0 + p) * PANEL * words, words, rounded + (p0 + p) * PANEL,
@@ -475,16 +496,21 @@ struct ByteSearch {
           int32_t* row = scores + r % TILE * ld;
           int32_t floor = floors[r % TILE];
           if (s.self) {
-            const int64_t name = s.own(b, m0 + r), at = (place ? place[name] : name) - key0;
-            if ((!place || place[name] >= 0) && at >= 0 && at < width * PANEL) row[at] = LOWEST, floor = with_own[r % TILE];
+            const int64_t at = own_place(b, m0 + r, place) - key0;
+            if (at >= 0 && at < width * PANEL) row[at] = LOWEST, floor = with_own[r % TILE];
           }
-          kept += decide(b, m0 + r, row, width, key0, floor, bounds[r], queries + r * C, factor, bias, w,
-                         s.values + (b * s.M + m0 + r) * s.K + shift, s.indices + (b * s.M + m0 + r) * s.K + shift);
+          floor = std::max(floor, floor_of_list(b, m0 + r, bounds[r]));
+          compare(row, width * PANEL, floor, w.bits.data());
+          kept += decide(b, m0 + r, w.bits.data(), width, key0, queries + r * C, factor, bias, w);
         }
         if (p0 == 0 && kept > most_kept() * (t + 2) * TILE) {
           sample.kept += kept, sample.rows += (t + 1) * TILE;
           return false;
         }
+      }
+      if (kept > most_kept() * (rows + TILE)) {
+        sample.kept += kept, sample.rows += rows;
+        return false;
       }
     }
     sample.kept += kept, sample.rows += rows;
@@ -527,15 +553,28 @@ struct ByteSearch {
     }
   }
 
-  // Scores in float32 what reaches `floor` and the last of the list, and puts it in; returns how many those were.
-  int decide(int64_t b, int64_t m, const int32_t* row, int64_t width, int64_t key0, int32_t floor, const Bound& bound,
-             const float* x, const float* factor, const float* bias, Work& w, float* best, int64_t* index) const {
-    if (index[found - 1] >= 0) {  // the list is full
-      const double last = (best[found - 1] - bound.lack) / bound.unit - bound.error;
-      if (last > floor) floor = static_cast<int32_t>(std::min<double>(last - 1, 1 << 30));
-    }
+  // Where the query itself stands among those that compete, -1 if it does not.
+  int64_t own_place(int64_t b, int64_t m, const int32_t* place) const {
+    return place ? place[s.own(b, m)] : s.own(b, m);
+  }
+
+  int64_t list(int64_t b, int64_t m) const { return (b * s.M + m) * s.K + s.own_places(); }
+
+  // The least 8-bit score of a key that may come before the last of a full list.
+  int32_t floor_of_list(int64_t b, int64_t m, const Bound& bound) const {
+    const int64_t last = list(b, m) + found - 1;
+    if (s.indices[last] < 0) return PADDING + 1;
+    const double floor = (s.values[last] - bound.lack) / bound.unit - bound.error - 1;
+    return static_cast<int32_t>(std::min<double>(std::max<double>(floor, PADDING + 1), 1 << 30));
+  }
+
+  // Scores the keys in `bits` in float32 and puts them in the query's list; returns how many those were.
+  int decide(int64_t b, int64_t m, uint64_t* bits, int64_t width, int64_t key0, const float* x, const float* factor,
+             const float* bias, Work& w) const {
+    float* best = s.values + list(b, m);
+    int64_t* index = s.indices + list(b, m);
     int32_t* where = w.where.data();
-    const int count = survivors(row, width * PANEL, floor, w.bits.data(), where);
+    const int count = survivors(bits, width * PANEL, where);
     if (!count) return 0;
     const int64_t* names = s.names(b);
     const float** rows = w.rows.data();
