@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from builders import (
     Choice,
@@ -464,11 +465,13 @@ def treat_file(
     checkpoint: Mapping[str, Any] | None,
     weights: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, Any]:
-    """Treat --input into --output."""
+    """Treat every file of --input into --output."""
     sizes = task.known_sizes(task.known_shape, None)
     model = build_model(values, choice, sizes).to(device).eval()
     load_pretrained(model, checkpoint["model"] if weights is None else weights)
-    print(task.apply(model, values["input"], values["output"], device))
+    pairs = task.files(values["input"], values["output"])
+    for source, target in tqdm(pairs, desc="pictures", disable=None if len(pairs) > 1 else True):
+        tqdm.write(task.apply(model, str(source), str(target), device))
     return {"output_dir": None, "output": values["output"]}
 
 

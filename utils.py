@@ -40,6 +40,7 @@ __all__ = [
     "describe_model",
     "distributed",
     "format_args",
+    "free_memory",
     "get_random_state",
     "load_checkpoint",
     "load_pretrained",
@@ -134,6 +135,17 @@ def memory_size(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not POSIX
         return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device that nobody uses; half of the machine's if it does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return (memory_size(device) or 4 * 2**30) // 2
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 # ---------------------------------------------------------------------------------------------

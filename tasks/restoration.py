@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from dataset import Data, DataError, read_image, read_image_folders
+from dataset import Data, DataError, read_image_folders
 from options import Options, option
+from tasks.pictures import check_target, find_pictures, read_picture, write_picture
 from tasks.quality import psnr, ssim
 from tasks.task import Evaluate, Finding, Needs, Task
-from tasks.tiling import check_tiles, forward_in_tiles
-from utils import CsvLog, RunFolder, atomic_path, save_panels
+from tasks.tiling import check_tiles, forward_in_tiles, largest_tile
+from utils import CsvLog, RunFolder, save_panels
 
 __all__ = [
     "CleanFoldersOptions",
@@ -85,7 +86,11 @@ class DegradedCrops(Dataset):
             piece = image[:, top : top + self.crop, left : left + self.crop]
             piece = piece.rot90(turns, (1, 2))
             crops.append(piece.flip(2) if mirror else piece)
-        clean = torch.stack(crops).float().div_(255)
+        return self.pair(torch.stack(crops))
+
+    def pair(self, crops: Tensor) -> tuple[Any, Any]:
+        """Make a batch of crops (B, C, crop, crop)."""
+        clean = crops.float().div_(255)
         return self.degrade(clean, None), clean
 
     def hold_out(self, fraction: float, seed: int) -> tuple["DegradedCrops", "DegradedImages"]:
@@ -218,6 +223,7 @@ def restoration_data(
     crop_size: int,
     crops_per_image: int,
     seed: int,
+    extra_channels: int = 0,
 ) -> Data:
     """Wrap clean pictures as data of a restoration task.
 
@@ -231,6 +237,7 @@ def restoration_data(
         crop_size: Side of training crops in pixels.
         crops_per_image: Crops of each image in an epoch.
         seed: Seed of the damage to test images.
+        extra_channels: Channels that the damage adds to the input.
     """
     channels = 3 if color else 1
     crops = None
@@ -241,7 +248,7 @@ def restoration_data(
         task=task,
         train=crops,
         test=DegradedImages(test[0], test[1], degrade, seed),
-        sample_shape=(channels, crop_size, crop_size),
+        sample_shape=(channels + extra_channels, crop_size, crop_size),
         num_outputs=channels,
         notes=[*(train[2] if train else []), *test[2]],
     )
@@ -249,6 +256,11 @@ def restoration_data(
 
 # ---------------------------------------------------------------------------------------------
 # The task
+
+
+def tile_side(text: str) -> int | str:
+    """Read a whole number or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 @dataclass(frozen=True)
@@ -269,13 +281,30 @@ class RestorationOptions(Options):
         choices=("sum", "mean"),
     )
     loss_scale: float = option(0.25, "see --loss_reduction", least=0)
-    tile: int = option(0, "evaluate by tiles of this side; 0: whole", least=0)
+    tile: int | str = option(
+        0,
+        "evaluate by tiles of this side; 0: whole; auto: as large as half the free memory allows",
+        kind=tile_side,
+        least=0,
+    )
     tile_overlap: int = option(
         None, "pixels that tiles share; not given: 64, or half a small tile", kind=int, least=0
     )
+    self_ensemble: bool = option(
+        False, "in evaluation: average what the eight flips and turns of an image give"
+    )
     save_images: bool = option(False, "draw degraded, restored and clean test images side by side")
-    input: str = option(None, "with --test_only: restore this picture", metavar="FILE", of_run=True)
-    output: str = option(None, "where the restored --input goes", metavar="FILE", of_run=True)
+    input: str = option(
+        None,
+        "restore these pictures: files, folders or patterns, with the weights of --test_only or "
+        "--pretrained, or with those that come along",
+        several="list",
+        metavar="FILE",
+        of_run=True,
+    )
+    output: str = option(
+        None, "where the restored --input goes: a file or a folder", metavar="FILE", of_run=True
+    )
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
@@ -289,8 +318,8 @@ class RestorationOptions(Options):
             raise ValueError(
                 "--input needs --test_only, and --pretrained or the folder of a trained run."
             )
-        if source is not None and not Path(source).is_file():
-            raise ValueError(f"--input {source}: there is no such file.")
+        if source is not None:
+            find_pictures(source, target)
 
 
 class RestorationTask(Task):
@@ -305,8 +334,10 @@ class RestorationTask(Task):
         loss_reduction: "sum": half the sum of squares of each image times `loss_scale`, averaged
             over images (published); "mean": the mean square.
         loss_scale: See loss_reduction; published is 0.25 for crops of 80×80.
-        tile: Restore in evaluation by tiles of this side; 0: whole images.
+        tile: Restore in evaluation by tiles of this side; 0: whole images; "auto": whole images as
+            far as half the free memory goes, then tiles as large as it allows.
         tile_overlap: Pixels that tiles share; None: 64, or half a small tile.
+        self_ensemble: Restore in evaluation all eight flips and turns, and average.
         save_images: Draw test images when a run ends.
         seed: Seed of the damage to test images.
     """
@@ -324,6 +355,7 @@ class RestorationTask(Task):
     }
     treats_files = True
     before, after, done = "degraded", "restored", "Restored"
+    extra_channels = 0  # channels of the input beside those of the picture
 
     def __init__(
         self,
@@ -333,16 +365,18 @@ class RestorationTask(Task):
         crops_per_image: int = 128,
         loss_reduction: str = "sum",
         loss_scale: float = 0.25,
-        tile: int = 0,
+        tile: int | str = 0,
         tile_overlap: int | None = None,
+        self_ensemble: bool = False,
         save_images: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed)
         self.color, self.crop_size, self.crops_per_image = color, crop_size, crops_per_image
         self.loss_reduction, self.loss_scale = loss_reduction, loss_scale
-        self.tile, self.save_images = tile, save_images
-        self.tile_overlap = min(64, tile // 2) if tile_overlap is None else tile_overlap
+        self.tile, self.save_images, self.self_ensemble = tile, save_images, self_ensemble
+        self.tile_overlap = tile_overlap
+        self.shows_tiles = False
 
     def degrade(self, clean: Tensor, generator: torch.Generator | None) -> Tensor:
         """Damage clean images."""
@@ -360,6 +394,7 @@ class RestorationTask(Task):
             "degrade": self.degrade,
             "crop_size": self.crop_size,
             "crops_per_image": self.crops_per_image,
+            "extra_channels": self.extra_channels,
             "evaluation_only": needs.evaluation_only,
         }
 
@@ -367,30 +402,64 @@ class RestorationTask(Task):
         """Return channels, and samples of an epoch."""
         return {
             "in_channels": data.sample_shape[0],
+            "out_channels": self.channels,
             "num_samples": 0 if data.train is None else len(data.train),
         }
 
     @property
+    def channels(self) -> int:
+        """Channels of a picture."""
+        return 3 if self.color else 1
+
+    @property
     def known_shape(self) -> tuple[int, int, int]:
         """Shape of a training sample, known before anything is loaded."""
-        return (3 if self.color else 1, self.crop_size, self.crop_size)
+        return (self.channels + self.extra_channels, self.crop_size, self.crop_size)
+
+    def overlap(self, tile: int) -> int:
+        """Pixels that tiles of this side share."""
+        return min(64, tile // 2) if self.tile_overlap is None else self.tile_overlap
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse tiles that the model cannot work with."""
-        if not self.tile:
+        if not self.tile or self.tile == "auto":
             return
+        overlap = self.overlap(self.tile)
         try:
-            check_tiles(model, self.tile, self.tile_overlap)
+            check_tiles(model, self.tile, overlap)
         except ValueError as error:
-            raise ValueError(
-                f"--tile {self.tile} --tile_overlap {self.tile_overlap}: {error}"
-            ) from error
+            raise ValueError(f"--tile {self.tile} --tile_overlap {overlap}: {error}") from error
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Restore whole images, by tiles if they are asked for."""
-        if not self.tile:
+        """Restore whole images, by tiles and in eight orientations if that is asked for."""
+        if not self.self_ensemble:
+            return self._predict(model, inputs)
+        total: Any = 0
+        for turns in range(4):
+            for mirrored in (False, True):
+                turned = inputs.rot90(turns, (-2, -1))
+                out = self._predict(model, turned.flip(-1) if mirrored else turned)
+                total = total + (out.flip(-1) if mirrored else out).rot90(-turns, (-2, -1))
+        return total / 8
+
+    def _predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        if self.tile == "auto":
+            self.tile = largest_tile(model, inputs.shape[1], inputs.device)
+            print(f"Tiles of up to {self.tile} pixels fit into half the memory that is free.")
+        if not self.tile or max(inputs.shape[-2:]) <= self.tile:
             return model(inputs)
-        return forward_in_tiles(model, inputs, tile=self.tile, overlap=self.tile_overlap)
+        overlap = self.overlap(self.tile)
+        return forward_in_tiles(
+            model, inputs, tile=self.tile, overlap=overlap, progress=self.shows_tiles
+        )
+
+    def restore(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Restore the channels of one picture nothing is known of: (B, C, H, W)."""
+        return self.predict(model, images)
+
+    def visible(self, inputs: Tensor) -> Tensor:
+        """Return the picture that an input (B, C, H, W) shows."""
+        return inputs[:, : self.channels]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean over images of their squared error."""
@@ -414,10 +483,18 @@ class RestorationTask(Task):
         """Evaluate on the test set, with a table of images, and pictures if they are asked for."""
         base = data.test.dataset if isinstance(data.test, Subset) else data.test
         report = ImageReport(base.names, run, self.before, self.after, pictures=self.save_images)
-        metrics = evaluate(data.test, observe=report.add)
+
+        def observe(inputs: Tensor, outputs: Tensor, clean: Tensor, metrics: Mapping) -> None:
+            report.add(self.visible(inputs), outputs, clean, metrics)
+
+        metrics = evaluate(data.test, observe=observe)
         tiles = (
-            f"tiles of {self.tile}, overlap {self.tile_overlap}" if self.tile else "whole images"
+            f"tiles of {self.tile}, overlap {self.overlap(self.tile)}"
+            if self.tile
+            else "whole images"
         )
+        if self.self_ensemble:
+            tiles += ", average of eight flips and turns"
         protocol = (
             f"Protocol: {self.describe_damage()}, seed {self.seed} and "
             f"position in the set; {'color' if self.color else 'gray'} images in [0, 1], float32, "
@@ -444,26 +521,41 @@ class RestorationTask(Task):
             {"test": metrics}, [f"Test images with the weights of epoch {epoch}:", *lines]
         )
 
+    def files(self, inputs: Sequence[str], output: str) -> list[tuple[Path, Path]]:
+        """Return the pictures to restore, each with the file it goes to."""
+        return find_pictures(inputs, output)
+
     def apply(self, model: nn.Module, source: str, target: str, device: torch.device) -> str:
         """Restore one picture; nothing is added to it."""
-        from PIL import Image
-
         try:
-            image, converted = read_image(source, self.color)
-            if converted:
-                print(f"{source} is converted to {'color' if self.color else 'gray'}.")
+            picture = read_picture(source)
+            check_target(target, picture)
+            self.shows_tiles = True
             with torch.no_grad():
-                out = self.predict(model.eval(), image[None].to(device).float() / 255)[0]
+                pixels, how = self.treat(model.eval(), picture.pixels.to(device))
         except ValueError as error:  # no picture, or too small for the window, say
             raise ValueError(f"--input {source}: {error}") from error
-        pixels = (out.clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
-        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
+        height, width = picture.pixels.shape[1:]
+        picture.pixels = pixels.cpu()
         try:
-            with atomic_path(target) as temporary:
-                Image.fromarray(pixels if self.color else pixels[:, :, 0]).save(temporary)
-        except ValueError as error:  # a suffix that names no format
+            lost = write_picture(target, picture)
+        except (ValueError, OSError) as error:  # a format that does not take these channels, say
             raise ValueError(f"--output {target}: {error}") from error
-        return f"{self.done} {source} ({image.shape[1]}x{image.shape[2]}) into {target}."
+        return f"{self.done} {source} ({height}x{width}{how}) into {target}{lost}."
+
+    def treat(self, model: nn.Module, pixels: Tensor) -> tuple[Tensor, str]:
+        """Restore the pixels (C, H, W) of a picture, gray or color, whatever the network takes.
+
+        Returns:
+            The restored pixels, and how channels were matched, for the user.
+        """
+        if self.color and len(pixels) == 1:
+            out = self.restore(model, pixels.expand(3, -1, -1)[None])[0]
+            return out.mean(0, keepdim=True), ", gray by a network for color"
+        if not self.color and len(pixels) == 3:
+            out = self.restore(model, pixels[:, None])
+            return out[:, 0], ", channel by channel by a network for gray"
+        return self.restore(model, pixels[None])[0], ""
 
 
 class ImageReport:

@@ -5,8 +5,9 @@ line in the results file, what is reported of every sample, what a finished run 
 file is treated. It knows neither how a model learns nor which model it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -207,6 +208,10 @@ class Task:
             use_best: Gives the model the weights of the best epoch, and returns its number.
         """
         return self.show(model, data, run)
+
+    def files(self, inputs: Sequence[str], output: str) -> list[tuple[Path, Path]]:
+        """Return the files that `--input` names, each with the one that it is turned into."""
+        raise NotImplementedError
 
     def apply(self, model: nn.Module, source: str, target: str, device: torch.device) -> str:
         """Treat one file; return a line that says what was done.
