@@ -22,7 +22,13 @@ from tasks.approximation import ApproximationTask, PictureOptions, build_image
 from tasks.classification import ClassificationTask
 from tasks.denoising import DenoisingTask
 from tasks.language import LanguageTask, TextOptions, build_text
-from tasks.restoration import CleanFoldersOptions, build_denoise, build_photos
+from tasks.restoration import (
+    CleanFoldersOptions,
+    PairedFoldersOptions,
+    build_denoise,
+    build_pairs,
+    build_photos,
+)
 from tasks.task import Finding, Needs, Task
 
 __all__ = ["DATASETS", "TASKS", "DatasetEntry", "Finding", "Needs", "Task"]
@@ -101,6 +107,7 @@ DATASETS: dict[str, DatasetEntry] = {
     "imagefolder": _labelled(build_imagefolder),
     "npz": _labelled(build_npz),
     "denoise": DatasetEntry(("denoising",), build_denoise, CleanFoldersOptions),
+    "pairs": DatasetEntry(("denoising",), build_pairs, PairedFoldersOptions),
     "photos": DatasetEntry(("denoising",), build_photos),
     "image": DatasetEntry(("approximation",), build_image, PictureOptions),
     "text": DatasetEntry(("language",), build_text, TextOptions),

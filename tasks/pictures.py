@@ -2,6 +2,7 @@
 
 import glob
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,13 +53,16 @@ def read_picture(path: str | Path) -> Picture:
         with Image.open(path) as image:
             if image.format == "PNG" and _png_depth(path) == 16:
                 return _from_levels(_decode_png(path), 16)
-            if image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8:
-                return _read_deep_tiff(path, image)
-            if image.mode.startswith("I") or image.mode == "F":
+            deep = image.mode.startswith("I;16")
+            if image.mode == "F" or (image.mode.startswith("I") and not deep):
                 raise DataError(
                     f"{path} holds values of mode {image.mode}, and where white lies among them "
                     "is not known. Save it as PNG or TIFF of 8 or 16 bits."
                 )
+            if deep:
+                return _from_levels(np.array(image).astype(np.uint16), 16)
+            if image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8:
+                return _read_deep_tiff(path)
             image = ImageOps.exif_transpose(image)
             clear = "transparency" in image.info or image.mode in ("LA", "RGBA", "PA", "La", "RGBa")
             gray = image.mode in ("1", "L", "LA", "La")
@@ -82,16 +86,16 @@ def _decode_png(path: str | Path) -> np.ndarray:
     from torchvision.io import ImageReadMode, decode_png, read_file
 
     try:
-        data = decode_png(read_file(str(path)), ImageReadMode.UNCHANGED)
+        with warnings.catch_warnings():  # it is to move into another package some day
+            warnings.simplefilter("ignore", DeprecationWarning)
+            data = decode_png(read_file(str(path)), ImageReadMode.UNCHANGED)
     except RuntimeError as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
     return data.permute(1, 2, 0).numpy()
 
 
-def _read_deep_tiff(path: str | Path, image: Any) -> Picture:
-    """Read a TIFF of more than 8 bits: gray by Pillow, color by tifffile."""
-    if image.mode.startswith("I;16"):
-        return _from_levels(np.array(image).astype(np.uint16), 16)
+def _read_deep_tiff(path: str | Path) -> Picture:
+    """Read a color TIFF of more than 8 bits, half of which Pillow would drop."""
     array = _tifffile(path).imread(path)
     if array.dtype != np.uint16 or array.ndim not in (2, 3):
         raise DataError(

@@ -25,9 +25,13 @@ __all__ = [
     "DegradedCrops",
     "DegradedImages",
     "ImageReport",
+    "PairedCrops",
+    "PairedFoldersOptions",
+    "PairedImages",
     "RestorationOptions",
     "RestorationTask",
     "build_denoise",
+    "build_pairs",
     "build_photos",
 ]
 
@@ -37,6 +41,40 @@ Degrade = Callable[[Tensor, torch.Generator | None], Tensor]
 
 # ---------------------------------------------------------------------------------------------
 # Data
+
+
+class DegradedImages(Dataset):
+    """Whole images, damaged in a way that depends on the seed and the position in the set.
+
+    Sizes differ, so that a batch is one image.
+
+    Args:
+        images: Clean images (C, H, W) uint8.
+        names: Their names.
+        degrade: The damage.
+        seed: Seed of the damage.
+    """
+
+    max_batch_size = 1
+
+    def __init__(
+        self, images: Sequence[Tensor], names: Sequence[str], degrade: Degrade, seed: int
+    ) -> None:
+        self.images, self.names = list(images), list(names)
+        self.degrade, self.seed = degrade, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        clean = self.images[index].float().div_(255)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        return self.degrade(clean, generator), clean
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch of equally large images: degraded and clean (B, C, H, W) float32."""
+        pairs = [self[i] for i in indices]
+        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
 
 
 class DegradedCrops(Dataset):
@@ -49,6 +87,8 @@ class DegradedCrops(Dataset):
         degrade: The damage.
         repeat: Crops of each image in an epoch.
     """
+
+    whole = DegradedImages  # what is held out
 
     def __init__(
         self,
@@ -109,43 +149,29 @@ class DegradedCrops(Dataset):
             return [self.images[i] for i in chosen], [self.names[i] for i in chosen]
 
         return (
-            DegradedCrops(*pick(train), self.crop, self.degrade, self.repeat),
-            DegradedImages(*pick(val), self.degrade, seed),
+            type(self)(*pick(train), self.crop, self.degrade, self.repeat),
+            self.whole(*pick(val), self.degrade, seed),
         )
 
 
-class DegradedImages(Dataset):
-    """Whole images, damaged in a way that depends on the seed and the position in the set.
-
-    Sizes differ, so that a batch is one image.
-
-    Args:
-        images: Clean images (C, H, W) uint8.
-        names: Their names.
-        degrade: The damage.
-        seed: Seed of the damage.
-    """
-
-    max_batch_size = 1
-
-    def __init__(
-        self, images: Sequence[Tensor], names: Sequence[str], degrade: Degrade, seed: int
-    ) -> None:
-        self.images, self.names = list(images), list(names)
-        self.degrade, self.seed = degrade, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
+class PairedImages(DegradedImages):
+    """Whole images with real noise: noisy above clean in one image (2C, H, W) uint8."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        clean = self.images[index].float().div_(255)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return self.degrade(clean, generator), clean
+        both = self.images[index].float().div_(255)
+        noisy, clean = both.chunk(2)
+        return noisy, clean
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch of equally large images: degraded and clean (B, C, H, W) float32."""
-        pairs = [self[i] for i in indices]
-        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+class PairedCrops(DegradedCrops):
+    """Crops of them; nothing is drawn but where they lie, and how they are turned."""
+
+    whole = PairedImages
+
+    def pair(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """Take crops (B, 2C, crop, crop) apart."""
+        noisy, clean = crops.float().div_(255).chunk(2, 1)
+        return noisy, clean
 
 
 @dataclass(frozen=True)
@@ -171,6 +197,46 @@ class CleanFoldersOptions(Options):
             raise ValueError("--dataset denoise needs --train_dir: folders of clean images.")
 
 
+@dataclass(frozen=True)
+class PairedFoldersOptions(Options):
+    """Folders of pictures with real noise, and of the same pictures without."""
+
+    title = "Pairs of pictures (--dataset pairs)"
+    noisy_dir: list[str] = option(
+        None, "folders of noisy images to train on", several="list", metavar="DIR", resumable=True
+    )
+    clean_dir: list[str] = option(
+        None, "folders of the same images, clean", several="list", metavar="DIR", resumable=True
+    )
+    test_noisy_dir: list[str] = option(
+        None, "folders of noisy images to test on", several="list", metavar="DIR", resumable=True
+    )
+    test_clean_dir: list[str] = option(
+        None, "folders of the same images, clean", several="list", metavar="DIR", resumable=True
+    )
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        """Refuse a run that lacks its folders."""
+        if values["input"] is not None:
+            return
+        for start in ("", "test_"):
+            noisy, clean = values[f"{start}noisy_dir"], values[f"{start}clean_dir"]
+            if bool(noisy) != bool(clean):
+                raise ValueError(
+                    f"--{start}noisy_dir and --{start}clean_dir go together: noisy pictures, and "
+                    "the same ones clean."
+                )
+        if not values["test_noisy_dir"]:
+            raise ValueError(
+                "--dataset pairs needs --test_noisy_dir and --test_clean_dir: pictures to test on."
+            )
+        if not values["noisy_dir"] and not values["test_only"]:
+            raise ValueError(
+                "--dataset pairs needs --noisy_dir and --clean_dir: pictures to train on."
+            )
+
+
 Pictures = tuple[list[Tensor], list[str], list[str]]  # images, names, notes
 
 
@@ -189,6 +255,80 @@ def build_denoise(
     test = read_image_folders(test_dir, options["color"], "--test_dir")
     train = read_image_folders(train_dir, options["color"], "--train_dir") if train_dir else None
     return restoration_data("denoise", train, test, **options)
+
+
+def build_pairs(
+    *,
+    noisy_dir: Sequence[str] | None,
+    clean_dir: Sequence[str] | None,
+    test_noisy_dir: Sequence[str],
+    test_clean_dir: Sequence[str],
+    **options: Any,
+) -> Data:
+    """Load folders of pictures with real noise beside folders of the same pictures without.
+
+    Args:
+        noisy_dir: Folders to train on; None loads nothing to train on.
+        clean_dir: Their clean twins, by file name (suffixes may differ).
+        test_noisy_dir: Folders to test on.
+        test_clean_dir: Their clean twins.
+        **options: See :func:`restoration_data`; and `evaluation_only`: leave out training data.
+    """
+    color, train = options["color"], None
+    if noisy_dir and not options.pop("evaluation_only"):
+        train = read_pairs(noisy_dir, clean_dir, color, ("--noisy_dir", "--clean_dir"))
+    options.pop("evaluation_only", None)
+    flags = ("--test_noisy_dir", "--test_clean_dir")
+    test = read_pairs(test_noisy_dir, test_clean_dir, color, flags)
+    return restoration_data("pairs", train, test, kinds=(PairedCrops, PairedImages), **options)
+
+
+def read_pairs(
+    noisy: Sequence[str], clean: Sequence[str], color: bool, flags: tuple[str, str]
+) -> Pictures:
+    """Read pictures and their clean twins, found by name.
+
+    Args:
+        noisy: Folders of noisy pictures.
+        clean: Folders of clean ones.
+        color: See `dataset.read_image`.
+        flags: The flags that named the folders, for messages.
+
+    Returns:
+        Noisy above clean, (2C, H, W) uint8, their names, and notes for the user.
+
+    Raises:
+        DataError: If a picture has no twin, or one of another size.
+    """
+    images, names, notes = read_image_folders(noisy, color, flags[0])
+    clean_images, clean_names, clean_notes = read_image_folders(clean, color, flags[1])
+    twins: list[dict[str, int]] = []  # positions by name, noisy and clean
+    for found, flag in ((names, flags[0]), (clean_names, flags[1])):
+        twins.append({Path(name).stem: i for i, name in enumerate(found)})
+        if len(twins[-1]) < len(found):
+            twice = next(n for i, n in enumerate(found) if twins[-1][Path(n).stem] != i)
+            raise DataError(f"{flag} holds two pictures of the name {Path(twice).stem}.")
+    for mine, others, all_names, flag, other_flag in (
+        (*twins, names, *flags),
+        (*reversed(twins), clean_names, *reversed(flags)),
+    ):
+        if lonely := sorted(set(mine) - set(others)):
+            raise DataError(
+                f"{flag} holds {all_names[mine[lonely[0]]]}, and {other_flag} no picture of that "
+                "name: every picture needs its twin, noisy and clean."
+            )
+    stacked = []
+    for image, name in zip(images, names, strict=True):
+        position = twins[1][Path(name).stem]
+        twin = clean_images[position]
+        if twin.shape != image.shape:
+            raise DataError(
+                f"{name} is {image.shape[1]}x{image.shape[2]} and its clean twin "
+                f"{clean_names[position]} is {twin.shape[1]}x{twin.shape[2]}: a pair shows the "
+                "same pixels."
+            )
+        stacked.append(torch.cat((image, twin)))
+    return stacked, names, [*notes, *clean_notes]
 
 
 def build_photos(*, evaluation_only: bool = False, **options: Any) -> Data:
@@ -224,6 +364,7 @@ def restoration_data(
     crops_per_image: int,
     seed: int,
     extra_channels: int = 0,
+    kinds: tuple[type[DegradedCrops], type[DegradedImages]] = (DegradedCrops, DegradedImages),
 ) -> Data:
     """Wrap clean pictures as data of a restoration task.
 
@@ -238,16 +379,17 @@ def restoration_data(
         crops_per_image: Crops of each image in an epoch.
         seed: Seed of the damage to test images.
         extra_channels: Channels that the damage adds to the input.
+        kinds: Classes of training and test sets.
     """
     channels = 3 if color else 1
     crops = None
     if train is not None:
-        crops = DegradedCrops(train[0], train[1], crop_size, degrade, crops_per_image)
+        crops = kinds[0](train[0], train[1], crop_size, degrade, crops_per_image)
     return Data(
         name=name,
         task=task,
         train=crops,
-        test=DegradedImages(test[0], test[1], degrade, seed),
+        test=kinds[1](test[0], test[1], degrade, seed),
         sample_shape=(channels + extra_channels, crop_size, crop_size),
         num_outputs=channels,
         notes=[*(train[2] if train else []), *test[2]],
@@ -495,9 +637,13 @@ class RestorationTask(Task):
         )
         if self.self_ensemble:
             tiles += ", average of eight flips and turns"
+        damage = (
+            "pictures as they were taken"
+            if isinstance(base, PairedImages)
+            else f"{self.describe_damage()}, seed {self.seed} and position in the set"
+        )
         protocol = (
-            f"Protocol: {self.describe_damage()}, seed {self.seed} and "
-            f"position in the set; {'color' if self.color else 'gray'} images in [0, 1], float32, "
+            f"Protocol: {damage}; {'color' if self.color else 'gray'} images in [0, 1], float32, "
             f"{tiles}, no border cropped; "
             f"neither {self.before} nor {self.after} images clipped; PSNR and SSIM per image, then "
             "averaged; SSIM with a Gaussian window of 11x11, sigma 1.5, zeros beyond the border."
