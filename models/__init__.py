@@ -4,7 +4,8 @@
 `functools.partial` of classes. A model class says what it is, can do and needs:
 
 - `family`: its folder under `Output/`;
-- `tasks`: a tuple among "classification", "denoising", "approximation", "language";
+- `tasks`: a tuple among "classification", "denoising", "super_resolution",
+  "approximation", "language";
 - `training`: "gradient"; "growth" (no gradients; sees pixels in [0, 1] instead of normalised) or
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;

@@ -86,7 +86,7 @@ class DnCNN(nn.Module):
     defaults: ClassVar[dict] = {"dataset": "photos"}
     own_layer = OWN_LAYER
     family = "DnCNN"
-    tasks = ("denoising",)
+    tasks = ("denoising", "super_resolution")
     training = "gradient"
     uses_layer = True
     min_input_size = 1

@@ -29,6 +29,7 @@ from tasks.restoration import (
     build_pairs,
     build_photos,
 )
+from tasks.super_resolution import SuperResolutionTask
 from tasks.task import Finding, Needs, Task
 
 __all__ = ["DATASETS", "TASKS", "DatasetEntry", "Finding", "Needs", "Task"]
@@ -36,6 +37,7 @@ __all__ = ["DATASETS", "TASKS", "DatasetEntry", "Finding", "Needs", "Task"]
 TASKS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "denoising": DenoisingTask,
+    "super_resolution": SuperResolutionTask,
     "approximation": ApproximationTask,
     "language": LanguageTask,
 }
@@ -106,9 +108,9 @@ DATASETS: dict[str, DatasetEntry] = {
     "digits": _labelled(build_digits, (1, 8, 8), 10),
     "imagefolder": _labelled(build_imagefolder),
     "npz": _labelled(build_npz),
-    "denoise": DatasetEntry(("denoising",), build_denoise, CleanFoldersOptions),
+    "denoise": DatasetEntry(("denoising", "super_resolution"), build_denoise, CleanFoldersOptions),
     "pairs": DatasetEntry(("denoising",), build_pairs, PairedFoldersOptions),
-    "photos": DatasetEntry(("denoising",), build_photos),
+    "photos": DatasetEntry(("denoising", "super_resolution"), build_photos),
     "image": DatasetEntry(("approximation",), build_image, PictureOptions),
     "text": DatasetEntry(("language",), build_text, TextOptions),
 }

@@ -18,8 +18,9 @@ from utils import atomic_path
 
 __all__ = ["Picture", "check_target", "find_pictures", "read_picture", "write_picture"]
 
-DEEP_SUFFIXES = (".png", ".tif", ".tiff")  # formats that hold 16 bits
-ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
+TIFF = (".tif", ".tiff")
+DEEP_SUFFIXES = (".png", *TIFF)  # formats that hold 16 bits
+ALPHA_SUFFIXES = (".png", ".webp", *TIFF)
 
 
 @dataclass
@@ -47,7 +48,7 @@ def read_picture(path: str | Path) -> Picture:
     Raises:
         DataError: If it is none, or of a kind whose values would have to be guessed.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
@@ -71,6 +72,8 @@ def read_picture(path: str | Path) -> Picture:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise
+        if isinstance(error, UnidentifiedImageError) and Path(path).suffix.lower() in TIFF:
+            return _read_deep_tiff(path)  # gray with alpha of 16 bits, for one
         raise DataError(f"{path} cannot be read as an image: {error}") from error
     return _from_levels(array, 8)
 
@@ -96,7 +99,11 @@ def _decode_png(path: str | Path) -> np.ndarray:
 
 def _read_deep_tiff(path: str | Path) -> Picture:
     """Read a color TIFF of more than 8 bits, half of which Pillow would drop."""
-    array = _tifffile(path).imread(path)
+    tifffile = _tifffile(path)
+    try:
+        array = tifffile.imread(path)
+    except (tifffile.TiffFileError, ValueError, OSError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
     if array.dtype != np.uint16 or array.ndim not in (2, 3):
         raise DataError(
             f"{path} holds {array.dtype} values of shape {array.shape}: only TIFF of 8 or 16 bits "
@@ -140,7 +147,7 @@ def check_target(path: str | Path, picture: Picture) -> None:
             f"{Path(path).stem}.png."
         )
     several = len(picture.pixels) == 3 or picture.alpha is not None
-    if suffix in (".tif", ".tiff") and picture.bits == 16 and several:
+    if suffix in TIFF and picture.bits == 16 and several:
         _tifffile(path)
 
 

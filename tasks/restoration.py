@@ -252,8 +252,9 @@ def build_denoise(
     """
     if options.pop("evaluation_only"):
         train_dir = None
-    test = read_image_folders(test_dir, options["color"], "--test_dir")
-    train = read_image_folders(train_dir, options["color"], "--train_dir") if train_dir else None
+    reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
+    test = read_image_folders(test_dir, flag="--test_dir", **reading)
+    train = read_image_folders(train_dir, flag="--train_dir", **reading) if train_dir else None
     return restoration_data("denoise", train, test, **options)
 
 
@@ -344,9 +345,10 @@ def build_photos(*, evaluation_only: bool = False, **options: Any) -> Data:
     pictures = Path(sklearn.__file__).parent / "datasets" / "images"
     samples = Path(matplotlib.get_data_path()) / "sample_data"
     train_files = [pictures / "china.jpg", samples / "grace_hopper.jpg"]
-    color = options["color"]
-    train = read_image_folders([str(f) for f in train_files if f.is_file()], color, "training")
-    test = read_image_folders([str(pictures / "flower.jpg")], color, "test")
+    reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
+    there = [str(file) for file in train_files if file.is_file()]
+    train = read_image_folders(there, flag="training", **reading)
+    test = read_image_folders([str(pictures / "flower.jpg")], flag="test", **reading)
     data = restoration_data("photos", train, test, **options)
     data.notes = [f"Photographs: trains on {', '.join(train[1])}; tests on {test[1][0]}."]
     return data
@@ -683,11 +685,17 @@ class RestorationTask(Task):
             raise ValueError(f"--input {source}: {error}") from error
         height, width = picture.pixels.shape[1:]
         picture.pixels = pixels.cpu()
+        if picture.alpha is not None:
+            picture.alpha = self.treat_alpha(picture.alpha)
         try:
             lost = write_picture(target, picture)
         except (ValueError, OSError) as error:  # a format that does not take these channels, say
             raise ValueError(f"--output {target}: {error}") from error
         return f"{self.done} {source} ({height}x{width}{how}) into {target}{lost}."
+
+    def treat_alpha(self, alpha: Tensor) -> Tensor:
+        """Return the alpha channel (1, H, W) of a restored picture."""
+        return alpha
 
     def treat(self, model: nn.Module, pixels: Tensor) -> tuple[Tensor, str]:
         """Restore the pixels (C, H, W) of a picture, gray or color, whatever the network takes.
@@ -735,19 +743,38 @@ class ImageReport:
     def add(self, degraded: Tensor, outputs: Tensor, clean: Tensor, metrics: Mapping) -> None:
         """Take note of a batch."""
         for i, before in enumerate(psnr(degraded, clean).tolist()):
-            name = self.names[len(self.rows)]
-            after = {key: values[i].item() for key, values in metrics.items() if key != "loss"}
-            self.rows.append({"image": name, f"{self.before}_psnr": before, **after})
-            if self.pictures:
-                path = self.run.file(f"{self.PICTURES}/{len(self.rows):03d}_{Path(name).stem}.png")
-                save_panels(
-                    path,
-                    {
-                        f"{self.before} {before:.2f} dB": degraded[i],
-                        f"{self.after} {after['psnr']:.2f} dB": outputs[i],
-                        "clean": clean[i],
-                    },
-                )
+            after = {key: values[i].item() for key, values in metrics.items()}
+            self.enter(before, after, {}, degraded[i], outputs[i], {"clean": clean[i]})
+
+    def enter(
+        self,
+        before: float,
+        metrics: Mapping[str, float],
+        first: Mapping[str, Tensor],
+        degraded: Tensor,
+        output: Tensor,
+        last: Mapping[str, Tensor],
+    ) -> None:
+        """Take note of an image.
+
+        Args:
+            before: PSNR of the degraded image.
+            metrics: What the restored image has.
+            first: Pictures left of the degraded one, by caption.
+            degraded: The degraded image (C, H, W).
+            output: The restored one.
+            last: Pictures right of it.
+        """
+        name = self.names[len(self.rows)]
+        after = {key: value for key, value in metrics.items() if key != "loss"}
+        self.rows.append({"image": name, f"{self.before}_psnr": before, **after})
+        if self.pictures:
+            path = self.run.file(f"{self.PICTURES}/{len(self.rows):03d}_{Path(name).stem}.png")
+            between = {
+                f"{self.before} {before:.2f} dB": degraded,
+                f"{self.after} {after['psnr']:.2f} dB": output,
+            }
+            save_panels(path, {**first, **between, **last})
 
     def lines(self) -> list[str]:
         """Write the table; return a line an image and a line a folder."""
