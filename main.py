@@ -112,6 +112,10 @@ def parse_arguments(
         parser.error("--checkpoint is read by --test_only and --resume: give one of them too.")
     former = read_former(parser, values["config"])
     preset: dict[str, Any] = {}
+    if values["input"] and not given & NAMES_WEIGHTS:
+        values["pretrained"], preset = shipped_weights(parser, values, given)
+        values["test_only"] = True
+        given |= {"pretrained", "test_only"}
     if values["preset"]:
         model, preset = PRESETS[values["preset"]]
         if "model" in given and values["model"] != model:
@@ -150,6 +154,36 @@ def parse_arguments(
                 "--test_only to evaluate it, --overwrite to replace it, or name another folder."
             )
     return values, given | set(former), checkpoint
+
+
+# Flags that say which network a picture is treated by, or how one is made.
+NAMES_WEIGHTS = {"model", "preset", "pretrained", "test_only", "checkpoint", "config", "resume"}
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def shipped_weights(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], given: set[str]
+) -> tuple[str, dict[str, Any]]:
+    """Choose the weights that come along for --input; return their file and their arguments."""
+    if "scale" in given or values["task"] == "super_resolution":
+        name, what = f"enlarge_x{'_'.join(map(str, values['scale']))}", "enlarging so many times"
+    elif values["color"]:
+        name, what = "denoise_color", "pictures in color"
+    else:
+        name, what = "denoise_gray", "pictures"
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        there = sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))
+        parser.error(
+            f"--input: no weights for {what} come along ({path.name} is not among "
+            f"{', '.join(there) or 'none'} in {WEIGHTS.name}/). Name a network: --test_only with "
+            "--pretrained FILE or the --output_dir of a trained run."
+        )
+    try:
+        _, stored = read_weights(path)
+    except ValueError as error:
+        parser.error(f"--input: {error}")
+    return str(path), {n: v for n, v in stored.items() if n not in given}
 
 
 def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, Any]:
