@@ -5,7 +5,7 @@
 
 - `family`: its folder under `Output/`;
 - `tasks`: a tuple among "classification", "denoising", "super_resolution",
-  "approximation", "language";
+  "correspondence", "approximation", "language";
 - `training`: "gradient"; "growth" (no gradients; sees pixels in [0, 1] instead of normalised) or
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
@@ -25,6 +25,7 @@ from functools import partial
 
 from torch import nn
 
+from models.cnnet import CNNet
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
@@ -36,6 +37,7 @@ __all__ = [
     "MODELS",
     "PRESETS",
     "VGG",
+    "CNNet",
     "DnCNN",
     "DynamicNetwork",
     "KNNClassifier",
@@ -54,6 +56,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": partial(ResNet, depth=34),
     "dncnn": DnCNN,
     "n3net": N3Net,
+    "cnnet": CNNet,
     "dynamic": DynamicNetwork,
     "knn": KNNClassifier,
 }

@@ -20,6 +20,13 @@ from dataset import (
 from options import Options
 from tasks.approximation import ApproximationTask, PictureOptions, build_image
 from tasks.classification import ClassificationTask
+from tasks.correspondence import (
+    CorrespondenceTask,
+    MatchOptions,
+    SceneOptions,
+    build_matches,
+    build_scenes,
+)
 from tasks.denoising import DenoisingTask
 from tasks.language import LanguageTask, TextOptions, build_text
 from tasks.restoration import (
@@ -38,6 +45,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "denoising": DenoisingTask,
     "super_resolution": SuperResolutionTask,
+    "correspondence": CorrespondenceTask,
     "approximation": ApproximationTask,
     "language": LanguageTask,
 }
@@ -111,6 +119,8 @@ DATASETS: dict[str, DatasetEntry] = {
     "denoise": DatasetEntry(("denoising", "super_resolution"), build_denoise, CleanFoldersOptions),
     "pairs": DatasetEntry(("denoising",), build_pairs, PairedFoldersOptions),
     "photos": DatasetEntry(("denoising", "super_resolution"), build_photos),
+    "scenes": DatasetEntry(("correspondence",), build_scenes, SceneOptions),
+    "matches": DatasetEntry(("correspondence",), build_matches, MatchOptions),
     "image": DatasetEntry(("approximation",), build_image, PictureOptions),
     "text": DatasetEntry(("language",), build_text, TextOptions),
 }
