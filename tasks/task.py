@@ -118,7 +118,8 @@ class Task:
         """
         data = build(seed=seed, **options, **self.data_options(needs))
         data.train, data.test = limit(data.train, limit_train), limit(data.test, limit_test)
-        return split_train(data, val_split, seed) if val_split > 0 else data
+        splits = val_split > 0 and data.train is not None  # nothing is loaded to train on: no split
+        return split_train(data, val_split, seed) if splits else data
 
     def data_options(self, needs: Needs) -> dict[str, Any]:
         """Return what the builders of this task's data take beside a data set's own options."""

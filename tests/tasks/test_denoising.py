@@ -174,3 +174,8 @@ def test_folding_is_the_network_on_blocks():
     blocks = torch.nn.functional.pixel_unshuffle(wide, 2)
     want = torch.nn.functional.pixel_shuffle(inner(blocks), 2)[..., :7, :9] + x[:, :1]
     torch.testing.assert_close(net(x), want)
+
+
+def test_a_run_with_held_out_images_is_tested(folders):
+    denoise("--val_split", 0.5, "--output_dir", "a")
+    assert main(["--test_only", "--output_dir", "a", "--device", "cpu"])["test"]["psnr"] > 0
