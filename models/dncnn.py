@@ -53,8 +53,7 @@ class FoldedDnCNNOptions(DnCNNOptions):
 
     fold: int = option(
         1,
-        "dncnn: work on blocks of this side folded into channels (FFDNet: 2), at a fraction of "
-        "the time",
+        "dncnn: work on blocks of this side folded into channels (FFDNet: 2), with fewer products",
         least=1,
     )
 
