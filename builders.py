@@ -15,11 +15,13 @@ from torch import nn
 from dataset import Data, DataError, DataOptions, image_side
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
+from ops.flops import register_flop_formulas
+from ops.shapes import rehearse
 from options import Option, Options, merge_options, option
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
 from trainers import TRAINERS, Trainer
-from utils import describe_model, load_checkpoint, load_weights, memory_size, rehearse
+from utils import describe_model, load_checkpoint, load_weights, memory_size
 
 __all__ = [
     "Choice",
@@ -354,6 +356,8 @@ def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = 
             model = build_model(values, choice, sizes)
     except ValueError as error:
         raise ValueError(f"--model {choice.model}: {error}") from error
+    except RuntimeError as error:  # a parameter of more bytes than a number can say
+        raise ValueError(f"{choice} cannot be built on any machine: {error}") from error
     task.check_model(model)
     if shape is not None and choice.trainer_type.rehearses and task.name == "classification":
         rehearse(model, shape)
@@ -381,4 +385,5 @@ def describe(
     """Describe the model, by a forward pass of a blank sample where it learns by gradient."""
     if not trainer_type.rehearses:
         return f"{model}\n"
+    register_flop_formulas()
     return describe_model(model, torch.zeros(1, *data.sample_shape, device=device))

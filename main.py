@@ -32,7 +32,7 @@ from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
 from options import HelpFormatter, OptionError, add_flag, flagged, read_texts
-from tasks import DATASETS, Task
+from tasks import DATASETS, TASKS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
 from trainers import TrainingError
@@ -153,7 +153,7 @@ def parse_arguments(
                 f"--output_dir {base} already holds a run. Add --resume to go on with it, "
                 "--test_only to evaluate it, --overwrite to replace it, or name another folder."
             )
-    return values, given | set(former), checkpoint
+    return values, given, checkpoint
 
 
 # Flags that say which network a picture is treated by, or how one is made.
@@ -214,11 +214,12 @@ def differing_flags(
 
 def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choice | None:
     """Return the rows that a stored run chose; None if one is not there any more."""
-    merged = {name: stored.get(name, values[name]) for name in ("model", "layer", "dataset")}
     tables = {"model": MODELS, "layer": LAYERS, "dataset": DATASETS}
+    merged = {name: stored.get(name, values[name]) for name in tables}
     if any(merged[name] not in table for name, table in tables.items()):
         return None
-    return chosen({**merged, "task": stored.get("task")})
+    choice = chosen({**merged, "task": stored.get("task")})
+    return choice if choice.task in TASKS else None
 
 
 def read_checkpoint(
@@ -241,11 +242,17 @@ def read_checkpoint(
     known = {name: each for name, (_, each) in all_options().items()}
     of_run = {name for name, each in known.items() if each.of_run}
     choice = stored_choice(stored, values)
+    if choice is None:
+        rows = (stored.get(name) for name in ("model", "layer", "dataset", "task"))
+        parser.error(
+            f"{flag}: {path} was made with {', '.join(str(row) for row in rows if row)}, one of "
+            "which this version does not have. Choose another checkpoint."
+        )
     if values["resume"]:
         resumable = {name for name, each in known.items() if each.resumable}
         fixed = set(stored) - resumable - of_run
     else:
-        fixed = {"model"} if choice is None else choice.fixed_options()
+        fixed = choice.fixed_options()
     if differing := differing_flags(fixed & given, stored, values):
         parser.error(
             f"{flag}: {path} was made by another "
@@ -405,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         check_arguments(values, given, choice)
     except ValueError as error:
-        parser.error(flagged(str(error), all_options()))
+        parser.error(flagged(error, all_options()))
     seed_everything(values["seed"])
     with distributed(wanted=choice.trainer_type.shares) as leader:
         folder = RunFolder(values["output_dir"], writes=leader)
@@ -450,7 +457,7 @@ def run_choice(
         if not values["test_only"]:
             trainer = build_trainer(values, choice, model, task, data, device)
     except ValueError as error:  # DataError, and what layers and models refuse
-        parser.error(flagged(str(error), all_options()))
+        parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
     trainer_type.prepare(model, values)

@@ -390,19 +390,19 @@ def check_at_least(name: str, value: int, least: int, meaning: str) -> None:
         raise OptionError(f"{name} must be at least {least} (got {value}): it is the {meaning}.")
 
 
-def flagged(message: str, names: Iterable[str]) -> str:
+def flagged(error: str | ValueError, names: Iterable[str]) -> str:
     """Write the options named in a message as flags: ``batch_size`` becomes ``--batch_size``.
 
     Only names that no sentence uses as a word are changed: those with an underscore, and the one
-    that a message begins with.
+    that the message of an :class:`OptionError` begins with.
 
     Args:
-        message: A sentence for a person.
+        error: The error, or a sentence.
         names: The options there are.
     """
-    names = set(names)
+    names, message = set(names), str(error)
     first, gap, rest = message.partition(" ")
-    if first in names:
+    if first in names and isinstance(error, OptionError):
         message = f"--{first}{gap}{rest}"
     words = "|".join(sorted((n for n in names if "_" in n), key=len, reverse=True))
-    return re.sub(rf"(?<![-\w/.])({words})(?![\w.])", r"--\1", message) if words else message
+    return re.sub(rf"(?<![-\w/.])({words})(?!\w|\.\w)", r"--\1", message) if words else message

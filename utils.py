@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 __all__ = [
@@ -52,7 +50,6 @@ __all__ = [
     "read_safetensors",
     "read_tensor_file",
     "read_weights",
-    "rehearse",
     "save_checkpoint",
     "save_panels",
     "save_safetensors",
@@ -567,94 +564,11 @@ def compute_flops(model: nn.Module, inputs: Tensor) -> int:
     Counts matrix products and convolutions, the similarity products of the search included;
     selection (top-K) and gathering do no arithmetic and count as zero.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton: only where it is used
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(inputs)
     return counter.get_total_flops()
-
-
-class _ShapesOnly(TorchFunctionMode):
-    """Answer the usual functions of networks by the shape of their result, on the meta device.
-
-    PyTorch's own meta kernels would do, but loading them takes as long as importing torch. What is
-    not in the table is left to them.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        kwargs = kwargs or {}
-        rule = _SHAPE_RULES.get(getattr(function, "__name__", ""))
-        if rule is None or not (args and isinstance(args[0], Tensor) and args[0].is_meta):
-            return function(*args, **kwargs)
-        shape = rule(*args, **kwargs)
-        return torch.empty(shape, device="meta", dtype=args[0].dtype)
-
-
-def _same(x: Tensor, *_: Any, **__: Any) -> tuple[int, ...]:
-    return tuple(x.shape)
-
-
-def _broadcast(x: Tensor, y: Any, **_: Any) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(x.shape, y.shape if isinstance(y, Tensor) else ()))
-
-
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    *_: Any,
-    **__: Any,
-) -> tuple[int, ...]:
-    pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding)]
-    sides = [
-        (side + 2 * pad - kernel) // step + 1
-        for side, kernel, step, pad in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)
-    ]
-    return (x.shape[0], weight.shape[0], *sides)
-
-
-def _max_pool2d(x: Tensor, kernel_size: int, stride: int | None = None, *_: Any, **__: Any):
-    stride = stride or kernel_size
-    return (*x.shape[:2], *((side - kernel_size) // stride + 1 for side in x.shape[2:]))
-
-
-def _adaptive_pool(x: Tensor, output_size: Any) -> tuple[int, ...]:
-    pair = (output_size, output_size) if isinstance(output_size, int) else output_size
-    return (*x.shape[:2], *pair)
-
-
-_SHAPE_RULES: dict[str, Callable[..., tuple[int, ...]]] = {
-    "relu": _same,
-    "batch_norm": _same,
-    "add": _broadcast,
-    "__add__": _broadcast,
-    "conv2d": _conv2d,
-    "linear": lambda x, weight, bias=None: (*x.shape[:-1], weight.shape[0]),
-    "max_pool2d": _max_pool2d,
-    "boolean_dispatch": _max_pool2d,
-    "adaptive_avg_pool2d": _adaptive_pool,
-    "pixel_shuffle": lambda x, r: (x.shape[0], x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r),
-    "pixel_unshuffle": lambda x, r: (
-        *(x.shape[0], x.shape[1] * r**2),
-        *(x.shape[2] // r, x.shape[3] // r),
-    ),
-}
-
-
-def rehearse(model: nn.Module, shape: Sequence[int]) -> None:
-    """Run a network on the meta device, by shapes alone: what cannot work fails here, for free.
-
-    Args:
-        model: The network, built under ``torch.device("meta")``.
-        shape: Shape of one sample.
-
-    Raises:
-        ValueError: What the layers say of shapes that cannot work.
-    """
-    with torch.no_grad(), _ShapesOnly():
-        model.eval()(torch.empty(1, *shape, device="meta"))
 
 
 def describe_model(model: nn.Module, inputs: Tensor) -> str:
@@ -687,45 +601,6 @@ def describe_model(model: nn.Module, inputs: Tensor) -> str:
         f"FLOPs of one forward pass on {tuple(inputs.shape)}: {flops:,} "
         "(a multiply-add counts as two)\n"
     )
-
-
-def psnr(images: Tensor, clean: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB, (B,), of images (B, C, H, W) in [0, 1].
-
-    10 log10(1 / (MSE + 1e-10)) over all pixels and channels; nothing is clipped.
-    """
-    error = (images.float() - clean.float()).square().flatten(1).mean(1)
-    return -10 * torch.log10(error + 1e-10)
-
-
-def ssim(images: Tensor, clean: Tensor, *, border: str = "zeros") -> Tensor:
-    """Return the structural similarity, (B,), of images (B, C, H, W) in [0, 1].
-
-    Gaussian window of 11×11, σ 1.5; C1 = 0.01², C2 = 0.03². "zeros" averages over the full map,
-    zeros around the image (the published denoising numbers); "valid" only where the window fits.
-    """
-    x = torch.cat((images, clean)).float()
-    at = torch.arange(11, device=x.device, dtype=x.dtype) - 5
-    window = torch.exp(-at.square() / (2 * 1.5**2))
-    window = window / window.sum()
-    b, channels = images.shape[:2]
-    padding = 5 if border == "zeros" else 0
-
-    def blur(maps: Tensor) -> Tensor:  # (n, C, H, W), separably
-        maps = maps.flatten(0, 1)[:, None]
-        maps = F.conv2d(maps, window.view(1, 1, 11, 1), padding=(padding, 0))
-        maps = F.conv2d(maps, window.view(1, 1, 1, 11), padding=(0, padding))
-        return maps.view(-1, channels, *maps.shape[-2:])
-
-    mean = blur(x)
-    squares = blur(x.square()) - mean.square()
-    mean_a, mean_b = mean[:b], mean[b:]
-    product = mean_a * mean_b
-    covariance = blur(x[:b] * x[b:]) - product
-    c1, c2 = 0.01**2, 0.03**2
-    result = (2 * product + c1) / (mean_a.square() + mean_b.square() + c1)
-    result = result * (2 * covariance + c2) / (squares[:b] + squares[b:] + c2)
-    return result.flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -788,82 +663,6 @@ def plot_learning_curves(
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-
-
-def plot_confusion(counts: Tensor, class_names: Sequence[str], path: str | os.PathLike) -> None:
-    """Draw how often samples of a class (row) are taken for each class (column).
-
-    Args:
-        counts: (C, C) numbers of samples.
-        class_names: Their names.
-        path: Where the PNG goes.
-    """
-    from matplotlib.figure import Figure
-
-    shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
-    classes = len(counts)
-    side = min(9.0, 2.5 + 0.42 * classes)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axis = figure.subplots()
-    # The square root makes rare confusions visible beside the diagonal.
-    image = axis.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
-    axis.set(xlabel="predicted", ylabel="true")
-    if classes <= 25:
-        axis.set_xticks(range(classes), class_names, rotation=90)
-        axis.set_yticks(range(classes), class_names)
-        for row in range(classes):
-            for column in range(classes):
-                if counts[row, column]:
-                    dark = shares[row, column] > 0.4
-                    axis.text(
-                        *(column, row, str(int(counts[row, column]))),
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if dark else "black",
-                    )
-    bar = figure.colorbar(image, ax=axis, shrink=0.7)
-    ticks = (0, 0.01, 0.1, 0.5, 1)
-    bar.set_ticks([t**0.5 for t in ticks], labels=[f"{100 * t:g}%" for t in ticks])
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-
-
-def plot_neighbors(
-    rows: Sequence[Sequence[tuple[Tensor, str, bool | None]]], path: str | os.PathLike
-) -> None:
-    """Draw queries, each with its neighbors in a row.
-
-    Args:
-        rows: For every query the query itself and its neighbors: image (C, H, W) in [0, 1],
-            caption, and whether its class is right (None for the query).
-        path: Where the PNG goes.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(11)
-    height, width = rows[0][0][0].shape[-2:]
-    zoom = max(1, -(-56 // max(height, width)))
-    cell, line = (width * zoom + 10, height * zoom + 24), 16
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    colors = {None: "black", True: "green", False: "red"}
-    for y, row in enumerate(rows):
-        for x, (image, caption, right) in enumerate(row):
-            picture = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-            picture = picture.expand(3, -1, -1) if len(picture) == 1 else picture[:3]
-            tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-            tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-            left, top = x * cell[0] + 5, y * cell[1] + line
-            box = (left - 2, top - 2, left + tile.width + 1, top + tile.height + 1)
-            draw.rectangle(box, outline=colors[right], width=2)
-            sheet.paste(tile, (left, top))
-            while caption and draw.textlength(caption, font) > cell[0] - 4:
-                caption = caption[:-1]
-            draw.text((left, top - line), caption, fill=colors[right], font=font)
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
 
 
 def plot_growth(rows: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dataset import Data, DataError
-from ops.eight_point import weighted_eight_point
 from options import Options, option
+from tasks.eight_point import weighted_eight_point
 from tasks.geometry import (
     INLIER,
     check_rotation,

@@ -321,6 +321,22 @@ def test_bad_flags_are_refused(run, refused, tmp_path, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--features", "60000"),
+            r"486,002,940,001 parameters.*7,776.0 GB.*the device has [\d.]+ GB",
+        ),
+        (("--features", "4000000000"), "cannot be built on any machine"),
+    ],
+)
+def test_more_parameters_than_memory_are_refused(refused, flags, message):
+    code, text = refused(main, ["--model", "dncnn", "--device", "cpu", *flags])
+    assert code == 2
+    assert re.search(message, text), text
+
+
 def test_vgg_refuses_a_small_resize(run, refused):
     code, text = refused(run, "--resize", 16, model="vgg11")
     assert code == 2
@@ -368,6 +384,17 @@ def test_a_damaged_checkpoint_is_refused(run, refused):
     torch.save({"weights": torch.zeros(1)}, "other.pt")
     argv = ["--test_only", "--checkpoint", "other.pt", "--device", "cpu"]
     assert "no checkpoint of this program" in refused(main, argv)[1]
+
+
+def test_a_checkpoint_of_rows_that_are_gone_is_refused(run, refused):
+    run("--output_dir", "run", "--num_epochs", 1)
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    checkpoint["args"]["model"] = "gone"
+    torch.save(checkpoint, "gone.pt")
+    argv = ["--test_only", "--checkpoint", "gone.pt", "--device", "cpu"]
+    code, text = refused(main, argv)
+    assert code == 2
+    assert "made with gone, ConvNN, digits, classification, one of which this version" in text
 
 
 def test_config_with_a_bad_value_is_refused(refused, tmp_path):

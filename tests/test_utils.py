@@ -9,6 +9,7 @@ from torch import nn
 
 from utils import (
     CsvLog,
+    RunFolder,
     atomic_path,
     compute_flops,
     count_parameters,
@@ -111,3 +112,12 @@ def test_learning_curves_are_a_picture(tmp_path):
     ]
     plot_learning_curves(history, tmp_path / "a.png", eval_name="val")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_is_the_same_file_as_last(tmp_path):
+    run = RunFolder(tmp_path)
+    run.save({"model": {}, "x": 1}, best=True)
+    run.save({"model": {}, "x": 2}, best=False)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["x"] == 1
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["x"] == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt"}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ops.eight_point import smallest_eigenvector, weighted_eight_point
+from tasks.eight_point import smallest_eigenvector, weighted_eight_point
 from tasks.geometry import draw_scene
 
 close = torch.testing.assert_close
