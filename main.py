@@ -26,12 +26,13 @@ from builders import (
     describe,
     load_data,
     rehearse_run,
+    without_rows,
 )
-from dataset import DataError, build_loader
+from dataset import DataError, build_loader, inspect_data
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
-from options import HelpFormatter, OptionError, add_flag, flagged, read_texts
+from options import HelpFormatter, OptionError, add_flag, check_stored, flagged, read_texts
 from tasks import DATASETS, TASKS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
@@ -44,6 +45,7 @@ from utils import (
     load_pretrained,
     load_weights,
     parse_args_text,
+    read_text_file,
     read_weights,
     seed_everything,
     world_size,
@@ -147,7 +149,8 @@ def parse_arguments(
         values["output_dir"] = base if values["overwrite"] else next_free(base)
     else:
         values["output_dir"] = base
-        writes = not (values["overwrite"] or values["dry_run"] or values["test_only"])
+        of_run = ("overwrite", "dry_run", "test_only", "check_data")
+        writes = not any(values[name] for name in of_run)
         if writes and RunFolder(base).holds_run():
             parser.error(
                 f"--output_dir {base} already holds a run. Add --resume to go on with it, "
@@ -191,9 +194,9 @@ def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, 
     if path is None:
         return {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
+        text = read_text_file(path)
+    except ValueError as error:
+        parser.error(f"--config {error}")
     known = {name: each for name, (_, each) in all_options().items()}
     try:
         return read_texts(known, parse_args_text(text), path)
@@ -240,6 +243,10 @@ def read_checkpoint(
         parser.error(f"{flag}: {error}")
     stored = checkpoint["args"]
     known = {name: each for name, (_, each) in all_options().items()}
+    try:
+        check_stored(without_rows(known), stored, path)
+    except ValueError as error:
+        parser.error(f"{flag}: {error}")
     of_run = {name for name, each in known.items() if each.of_run}
     choice = stored_choice(stored, values)
     if choice is None:
@@ -275,6 +282,8 @@ def adopt_pretrained(
     path = values["pretrained"]
     try:
         _, stored = read_weights(path)
+        known = {name: each for name, (_, each) in all_options().items()}
+        check_stored(without_rows(known), stored, path)
     except ValueError as error:
         parser.error(f"--pretrained: {error}")
     choice = stored_choice(stored, values)
@@ -445,6 +454,10 @@ def run_choice(
         if values.get("input") and choice.task_type.treats_files:
             return treat_file(values, choice, task, device, checkpoint, weights)
         data = load_data(values, choice, task, device)
+        if values["check_data"]:
+            counts, lines = inspect_data(data, values["num_workers"])
+            print(*data.notes, *lines, sep="\n")
+            return {"output_dir": None, "counts": counts}
         if choice.entry.shape is None:
             rehearse_run(values, choice, data)
         model = build_model(values, choice, task.sizes(data)).to(device)
@@ -518,9 +531,10 @@ def treat_file(
 
 def describe_run(command: str) -> str:
     """Return the comment lines above the arguments in args.txt."""
+    lines = command.encode("utf-8", "backslashreplace").decode().splitlines()
     return (
-        f"# {command}\n"
-        f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
+        "".join(f"# {line}\n" for line in lines)  # a text on it may hold line breaks
+        + f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
         f"neighbor kernels {native.status().splitlines()[0]}\n"
     )
 

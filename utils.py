@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ __all__ = [
     "plot_learning_curves",
     "read_safetensors",
     "read_tensor_file",
+    "read_text_file",
     "read_weights",
     "save_checkpoint",
     "save_panels",
@@ -251,15 +253,45 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
-def format_args(args: Mapping[str, Any]) -> str:
-    """Word arguments as one ``name: value`` per line, lists as JSON.
+MOST_TEXT = 2**30  # bytes
 
+
+def read_text_file(path: str | os.PathLike) -> str:
+    """Read a regular file of UTF-8 text.
+
+    Raises:
+        ValueError: If it is missing, no regular file (a pipe could wait for ever), or no text.
+    """
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is no regular file")
+        if found.st_size > MOST_TEXT:
+            raise OSError(
+                f"it has {found.st_size:,} bytes, and texts of up to {MOST_TEXT:,} are read"
+            )
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}.") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def format_args(args: Mapping[str, Any]) -> str:
+    """Word arguments as one ``name: value`` per line, lists and unusual strings as JSON.
+
+    A string is unusual if a plain line would not give it back: line breaks, blanks at its ends,
+    the word None, a quote at its beginning, characters that cannot be printed.
     :func:`parse_args_text` reads it back.
     """
     lines = []
     for name, value in args.items():
         if isinstance(value, list | tuple):
             value = json.dumps(list(value))
+        elif isinstance(value, str) and (
+            value == "None" or value[:1] == '"' or value != value.strip() or not value.isprintable()
+        ):
+            value = json.dumps(value)
         lines.append(f"{name}: {value}\n")
     return "".join(lines)
 
@@ -267,7 +299,7 @@ def format_args(args: Mapping[str, Any]) -> str:
 def parse_args_text(text: str) -> dict[str, str]:
     """Read ``name: value`` lines into strings; lines without a colon are ignored.
 
-    Lines that begin with a space or ``#`` are ignored as well.
+    Lines that begin with a space or ``#`` are ignored as well. What is written as JSON stays so.
     """
     values = {}
     for line in text.splitlines():
@@ -323,6 +355,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     checkpoint = read_tensor_file(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint or "args" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of this program (it lacks 'model' and 'args').")
+    for name in ("model", "args"):
+        if not isinstance(checkpoint[name], Mapping):
+            raise ValueError(f"{path} is no checkpoint of this program: '{name}' is no table.")
     return checkpoint
 
 

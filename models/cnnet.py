@@ -25,13 +25,13 @@ class CNNetOptions(Options):
     """Residual blocks over matches, and the nonlocal block between them."""
 
     title = "Network for correspondences (cnnet)"
-    depth: int = option(12, "cnnet: residual blocks", least=2)
-    features: int = option(128, "cnnet: channels of a match", least=2)
+    depth: int = option(12, "cnnet: residual blocks", least=2, most=100)
+    features: int = option(128, "cnnet: channels of a match", least=2, most=8192)
     nonlocal_block: str = option(
         "n3", "cnnet: neural or hard nearest neighbors, or nothing", choices=("n3", "knn", "none")
     )
-    num_volumes: int = option(3, "cnnet: neighbors of a match", least=1)
-    embed_channels: int = option(8, "cnnet: channels of the embedding", least=1)
+    num_volumes: int = option(3, "cnnet: neighbors of a match", least=1, most=10_000)
+    embed_channels: int = option(8, "cnnet: channels of the embedding", least=1, most=8192)
     distance_bn: bool = option(True, "cnnet: batch norm of distances")
 
     def __post_init__(self) -> None:

@@ -28,8 +28,8 @@ class DnCNNOptions(Options):
     """One denoising CNN."""
 
     title = "Denoising networks (dncnn, n3net)"
-    depth: int = option(17, "convolutions of (each) DnCNN", least=2)
-    features: int = option(64, "channels inside a DnCNN", least=1)
+    depth: int = option(17, "convolutions of (each) DnCNN", least=2, most=100)
+    features: int = option(64, "channels inside a DnCNN", least=1, most=8192)
     batch_norm: bool = option(True, "batch norm in the DnCNNs")
     residual: bool = option(True, "add the input of a DnCNN to its output")
     bn_momentum: float = option(
@@ -39,6 +39,7 @@ class DnCNNOptions(Options):
         kind=float,
         least=0,
         fixed=False,
+        most=1,
     )
 
 
@@ -55,6 +56,7 @@ class FoldedDnCNNOptions(DnCNNOptions):
         1,
         "dncnn: work on blocks of this side folded into channels (FFDNet: 2), with fewer products",
         least=1,
+        most=64,
     )
 
 

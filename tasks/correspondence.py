@@ -136,8 +136,10 @@ class SceneOptions(Options):
     """Scenes made up at random."""
 
     title = "Made-up scenes (--dataset scenes)"
-    num_scenes: int = option(4000, "scenes of an epoch, never the same", least=1)
-    test_scenes: int = option(200, "scenes to test on, always the same for a seed", least=1)
+    num_scenes: int = option(4000, "scenes of an epoch, never the same", least=1, most=10**9)
+    test_scenes: int = option(
+        200, "scenes to test on, always the same for a seed", least=1, most=10**9
+    )
     outliers: float = option(
         [0.5, 0.9],
         "share of wrong matches; two values: drawn between them for every scene",
@@ -148,7 +150,7 @@ class SceneOptions(Options):
     )
     test_outliers: float = option(0.7, "the same for the scenes to test on", least=0, below=1)
     pixel_noise: float = option(
-        1.0, "standard deviation of positions, in pixels of a picture 1000 wide", least=0
+        1.0, "standard deviation of positions, in pixels of a picture 1000 wide", least=0, most=1000
     )
 
     @classmethod
@@ -333,17 +335,25 @@ class CorrespondenceOptions(Options):
     """Matches, loss and evaluation of networks that judge matches."""
 
     title = "Correspondences"
-    num_matches: int = option(512, "matches of a pair in training", least=LEAST)
+    num_matches: int = option(512, "matches of a pair in training", least=LEAST, most=10**6)
     essential_weight: float = option(
-        0.1, "weight of the error of the essential matrix beside the cross-entropy", least=0
+        0.1,
+        "weight of the error of the essential matrix beside the cross-entropy",
+        least=0,
+        most=1e12,
     )
     ransac: bool = option(
         False, "in evaluation: RANSAC on all matches and on those kept (needs OpenCV)"
     )
     ransac_threshold: float = option(
-        1e-3, "distance from the epipolar line that RANSAC allows, in camera coordinates", above=0
+        1e-3,
+        "distance from the epipolar line that RANSAC allows, in camera coordinates",
+        above=0,
+        most=100,
     )
-    ransac_iterations: int = option(1000, "its trials at most (1000: OpenCV's default)", least=1)
+    ransac_iterations: int = option(
+        1000, "its trials at most (1000: OpenCV's default)", least=1, most=10**9
+    )
     save_images: bool = option(False, "draw the matches kept and dropped of test pairs")
 
     @classmethod

@@ -32,6 +32,7 @@ class DenoisingOptions(RestorationOptions):
         "crop and test image",
         several="range",
         above=0,
+        most=10_000,
     )
     noise_type: str = option(
         "gaussian",
@@ -39,7 +40,11 @@ class DenoisingOptions(RestorationOptions):
         choices=tuple(NOISE_TYPES),
     )
     peak: float = option(
-        60.0, "photons that white stands for", above=0, when={"noise_type": ("poisson_gaussian",)}
+        60.0,
+        "photons that white stands for",
+        above=0,
+        most=1e12,
+        when={"noise_type": ("poisson_gaussian",)},
     )
     noise_amount: float = option(
         0.1,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import IMAGE_SUFFIXES, DataError
+from dataset import IMAGE_SUFFIXES, DataError, open_picture
 from utils import atomic_path
 
 __all__ = ["Picture", "check_target", "find_pictures", "read_picture", "write_picture"]
@@ -48,10 +48,10 @@ def read_picture(path: str | Path) -> Picture:
     Raises:
         DataError: If it is none, or of a kind whose values would have to be guessed.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if image.format == "PNG" and _png_depth(path) == 16:
                 return _from_levels(_decode_png(path), 16)
             deep = image.mode.startswith("I;16")
@@ -69,12 +69,11 @@ def read_picture(path: str | Path) -> Picture:
             gray = image.mode in ("1", "L", "LA", "La")
             mode = ("L" if gray else "RGB") + ("A" if clear else "")
             array = np.array(image.convert(mode))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
-        if isinstance(error, UnidentifiedImageError) and Path(path).suffix.lower() in TIFF:
+    except DataError as error:
+        unknown = isinstance(error.__cause__, UnidentifiedImageError)
+        if unknown and Path(path).suffix.lower() in TIFF:
             return _read_deep_tiff(path)  # gray with alpha of 16 bits, for one
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+        raise
     return _from_levels(array, 8)
 
 

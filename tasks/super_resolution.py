@@ -148,13 +148,15 @@ SCALES = (2, 3, 4)
 class SuperResolutionOptions(RestorationOptions):
     """The scales, and what all restoration takes."""
 
-    crop_size: int = option(84, "side of training crops, in pixels", least=1)
+    crop_size: int = option(84, "side of training crops, in pixels", least=1, most=4096)
     scale: list[int] = option(
         [2],
         "super-resolution: how many times larger; several: one network for all of them",
         kind=int,
         several="list",
         choices=SCALES,
+        least=SCALES[0],
+        most=SCALES[-1],
     )
 
     def __post_init__(self) -> None:

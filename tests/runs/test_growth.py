@@ -290,7 +290,7 @@ def test_refused(grow, refused, flags, message):
         ("image", ["--num_layers", "2"], "num_layers must be 1, got 2"),
         ("image", ["--tolerance", "0"], "tolerance must be > 0"),
         ("image", ["--balanced_first_batch"], "needs classes"),
-        ("text", ["--text_path", "nowhere.txt"], "nowhere.txt cannot be read as UTF-8 text"),
+        ("text", ["--text_path", "nowhere.txt"], "nowhere.txt cannot be read"),
         ("text", ["--text_prompt", "naïve"], "characters outside the alphabet"),
         ("text", ["--dynamic_features", "pca:5"], "is for classification"),
         ("text", ["--test_only", "--text_prompt", "Once upon a time"], "needs a checkpoint"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import main
+from tasks import classification
 
 FLAGS = ["--model", "knn", "--dataset", "digits", "--device", "cpu"]
 
@@ -21,6 +22,13 @@ def run(*flags):
 def read_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_many_classes_are_not_drawn_as_a_square(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(classification, "MOST_DRAWN", 9)
+    run("--limit_train", 40, "--limit_test", 9, "--output_dir", tmp_path / "run")
+    assert "note: 10 classes are too many to draw a confusion.png of" in capsys.readouterr().out
+    assert not (tmp_path / "run/confusion.png").exists()
 
 
 def test_several_k_from_one_run(tmp_path, capsys):

@@ -119,7 +119,7 @@ def test_real_noise(folders):
         (["--sigma", "5", "10", "20"], "--sigma takes one value or the two ends of a range"),
         (["--sigma", "5", "-1"], "must be above 0 (got -1)"),
         (["--noise_type", "snow"], "invalid choice: 'snow'"),
-        (["--noise_type", "jpeg", "--jpeg_quality", "101"], "must lie in [1, 100] (got 101)"),
+        (["--noise_type", "jpeg", "--jpeg_quality", "101"], "must be at most 100 (got 101)"),
         (["--noise_type", "jpeg", "--sigma_map"], "sigma_map shows the network a standard"),
         (["--estimate_sigma"], "--estimate_sigma is for --input"),
         (["--tile", "big"], "--tile: invalid"),
