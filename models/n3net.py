@@ -45,7 +45,7 @@ class N3NetOptions(DnCNNOptions):
 
     depth: int = option(6, "convolutions of (each) DnCNN", least=2, most=100)
     num_blocks: int = option(2, "n3net: nonlocal blocks; 1 is light", least=0, most=20)
-    block_channels: int = option(8, "n3net: channels into a block", least=1, most=8192)
+    block_channels: int = option(8, "n3net: channels into a block", least=1, most=10**10)
     nonlocal_block: str = option(
         "n3",
         "n3net: neural, hard or stochastic nearest neighbors, or nothing, between the DnCNNs",
@@ -61,8 +61,8 @@ class N3NetOptions(DnCNNOptions):
     patch_size: int = option(10, "n3net: side of a patch, in pixels", least=1, most=255)
     patch_stride: int = option(5, "n3net: step between patches", least=1, most=255)
     window: int = option(15, "n3net: side of the window, in patches; odd", least=1, most=255)
-    embed_channels: int = option(8, "n3net: channels of the embedding", least=1, most=8192)
-    embed_features: int = option(64, "n3net: channels on the way there", least=1, most=8192)
+    embed_channels: int = option(8, "n3net: channels of the embedding", least=1, most=10**10)
+    embed_features: int = option(64, "n3net: channels on the way there", least=1, most=10**10)
     embed_depth: int = option(3, "n3net: convolutions on the way there", least=1, most=100)
     temperature: str = option(
         "image",
