@@ -19,7 +19,9 @@ KEPT = {"dataset", "task", "sigma", "noise_type", "scale"}  # beside what decide
 def export(run: str, target: str) -> None:
     checkpoint = load_checkpoint(Path(run) / RunFolder.BEST)
     args = checkpoint["args"]
-    kept = (chosen(args).fixed_options() | KEPT) & set(args)
+    choice = chosen(args)
+    own = {"dataset", "task"} | choice.task_type.Options.names()
+    kept = (choice.fixed_options() | (KEPT & own)) & set(args)
     save_safetensors(target, checkpoint["model"], {name: args[name] for name in sorted(kept)})
     size = Path(target).stat().st_size
     print(f"{target}: epoch {checkpoint['progress']['epoch']} of {run}, {size / 2**20:.2f} MiB")
