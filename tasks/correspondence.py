@@ -595,7 +595,7 @@ def pose_line(metrics: Mapping[str, float]) -> str:
 def draw_matches(path: str | Path, matches: Tensor, kept: Tensor, right: Tensor) -> None:
     """Draw both pictures' points side by side, all matches left and those kept right.
 
-    Right matches are green, wrong ones red.
+    Right matches are green, wrong ones red. Of many, every so-manieth is drawn, 200 in all.
 
     Args:
         path: Where the PNG goes.
@@ -611,6 +611,7 @@ def draw_matches(path: str | Path, matches: Tensor, kept: Tensor, right: Tensor)
     sheet = Image.new("RGB", (4 * side + 3 * gap, side + margin), "white")
     draw = ImageDraw.Draw(sheet)
     places = (matches - low) / span * (side - 1)
+    drawn = torch.arange(len(matches)) % -(-len(matches) // 200) == 0
     for panel, (title, shown) in enumerate((("all", torch.ones_like(kept)), ("kept", kept))):
         left = panel * 2 * (side + gap)
         good, total = int((shown & right).sum()), int(shown.sum())
@@ -619,7 +620,10 @@ def draw_matches(path: str | Path, matches: Tensor, kept: Tensor, right: Tensor)
             start = left + i * (side + gap)
             draw.rectangle((start, margin, start + side - 1, margin + side - 1), outline="gray")
         # Right ones last: they are fewer, and lie on top.
-        for color, group in (("#e0a0a0", shown & ~right), ("#108010", shown & right)):
+        for color, group in (
+            ("#e0a0a0", drawn & shown & ~right),
+            ("#108010", drawn & shown & right),
+        ):
             for x, y, u, v in places[group].tolist():
                 ends = (left + x, margin + y, left + side + gap + u, margin + v)
                 draw.line(ends, fill=color)
