@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from builders import (
     Choice,
@@ -128,6 +129,10 @@ def parse_arguments(
         parser.error("--checkpoint is read by --test_only and --resume: give one of them too.")
     former = read_former(parser, values["config"])
     preset: dict[str, Any] = {}
+    if values["input"] and not given & NAMES_WEIGHTS:
+        values["pretrained"], preset = shipped_weights(parser, values, given)
+        values["test_only"] = True
+        given |= {"pretrained", "test_only"}
     if values["preset"]:
         model, preset = PRESETS[values["preset"]]
         if "model" in given and values["model"] != model:
@@ -203,6 +208,36 @@ def newest_whole(folder: Path, say: Callable[[str], Any] | None = None) -> Path 
             if say is not None:
                 say(f"note: {error}")
     return None
+
+
+# Flags that say which network a picture is treated by, or how one is made.
+NAMES_WEIGHTS = {"model", "preset", "pretrained", "test_only", "checkpoint", "config", "resume"}
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def shipped_weights(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], given: set[str]
+) -> tuple[str, dict[str, Any]]:
+    """Choose the weights that come along for --input; return their file and their arguments."""
+    if "scale" in given or values["task"] == "super_resolution":
+        name, what = f"enlarge_x{'_'.join(map(str, values['scale']))}", "enlarging so many times"
+    elif values["color"]:
+        name, what = "denoise_color", "pictures in color"
+    else:
+        name, what = "denoise_gray", "pictures"
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        there = sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))
+        parser.error(
+            f"--input: no weights for {what} come along ({path.name} is not among "
+            f"{', '.join(there) or 'none'} in {WEIGHTS.name}/). Name a network: --test_only with "
+            "--pretrained FILE or the --output_dir of a trained run."
+        )
+    try:
+        _, stored = read_weights(path)
+    except ValueError as error:
+        parser.error(f"--input: {error}")
+    return str(path), {n: v for n, v in stored.items() if n not in given}
 
 
 def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, Any]:
@@ -768,11 +803,13 @@ def treat_file(
     checkpoint: Mapping[str, Any] | None,
     weights: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, Any]:
-    """Treat --input into --output."""
+    """Treat every file of --input into --output."""
     sizes = task.known_sizes(task.known_shape, None)
     model = build_model(values, choice, sizes).to(device).eval()
     load_pretrained(model, checkpoint["model"] if weights is None else weights)
-    print(task.apply(model, values["input"], values["output"], device))
+    pairs = task.files(values["input"], values["output"])
+    for source, target in tqdm(pairs, desc="pictures", disable=None if len(pairs) > 1 else True):
+        tqdm.write(task.apply(model, str(source), str(target), device))
     return {"output_dir": None, "output": values["output"]}
 
 

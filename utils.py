@@ -49,6 +49,7 @@ __all__ = [
     "count_parameters",
     "describe_model",
     "format_args",
+    "free_memory",
     "get_random_state",
     "load_checkpoint",
     "load_pretrained",
@@ -58,11 +59,13 @@ __all__ = [
     "parse_args_text",
     "plot_growth",
     "plot_learning_curves",
+    "read_safetensors",
     "read_tensor_file",
     "read_text_file",
     "read_weights",
     "save_checkpoint",
     "save_panels",
+    "save_safetensors",
     "seed_everything",
     "set_random_state",
     "write_text",
@@ -121,6 +124,17 @@ def memory_size(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not POSIX
         return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device that nobody uses; half of the machine's if it does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return (memory_size(device) or 4 * 2**30) // 2
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -257,8 +271,61 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> s
     return digest
 
 
+# Types of numbers in a safetensors file: https://huggingface.co/docs/safetensors
+SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+
+
+def save_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], args: Mapping[str, Any]
+) -> None:
+    """Write weights and the arguments they belong to as a safetensors file: no code in it."""
+    names = {dtype: name for name, dtype in SAFE_TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"args": json.dumps(dict(args))}}
+    parts, start = [], 0
+    for name, tensor in tensors.items():
+        part = tensor.detach().cpu().contiguous().numpy().tobytes()
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + len(part)],
+        }
+        parts.append(part)
+        start += len(part)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what :func:`save_safetensors` or others wrote: ``model``, and ``args`` if it has any.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"there is no checkpoint {path}.") from error
+    try:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        args = json.loads(header.pop("__metadata__", {}).get("args", "{}"))
+        data, model = bytearray(content[8 + size :]), {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            part, dtype = data[start:stop], SAFE_TYPES[entry["dtype"]]
+            flat = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
+            model[name] = flat.view(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error!r}") from error
+    return {"model": model, "args": args}
+
+
 def read_tensor_file(path: str | os.PathLike) -> Any:
     """Read what ``torch.save`` wrote, to the CPU; nothing but tensors and plain types is unpickled.
+
+    A file whose name ends in .safetensors is read as such.
 
     Raises:
         CheckpointError: If the file is missing or damaged, or holds anything else.
@@ -267,6 +334,8 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
     if not path.is_file():
         what = "that is no file" if path.exists() else "there is no such file"
         raise CheckpointError(f"there is no checkpoint {path}: {what}.")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -4,7 +4,8 @@
 `functools.partial` of classes. A model class says what it is, can do and needs:
 
 - `family`: its folder under `Output/`;
-- `tasks`: a tuple among "classification", "denoising", "approximation", "language";
+- `tasks`: a tuple among "classification", "denoising", "super_resolution",
+  "correspondence", "approximation", "language";
 - `training`: "gradient"; "growth" (no gradients; sees pixels in [0, 1] instead of normalised) or
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
@@ -24,6 +25,7 @@ from functools import partial
 
 from torch import nn
 
+from models.cnnet import CNNet
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
@@ -35,6 +37,7 @@ __all__ = [
     "MODELS",
     "PRESETS",
     "VGG",
+    "CNNet",
     "DnCNN",
     "DynamicNetwork",
     "KNNClassifier",
@@ -53,6 +56,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": partial(ResNet, depth=34),
     "dncnn": DnCNN,
     "n3net": N3Net,
+    "cnnet": CNNet,
     "dynamic": DynamicNetwork,
     "knn": KNNClassifier,
 }
