@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layers.cnn import channels_last, feature_cnn
 from layers.selection import ConcreteNeighbors, HardNeighbors, NeuralNearestNeighbors
-from ops.budget import chunks
+from ops.budget import pieces
 from ops.patches.grid import PatchGrid, write_out
 from ops.patches.tiles import (
     TileIndices,
@@ -27,7 +27,6 @@ from ops.patches.tiles import (
     aggregate_tiles,
     distances_of_part,
     patch_norms,
-    tile_bytes,
     tile_distances,
 )
 from ops.patches.windows import Windows, window_aggregate, window_distances
@@ -215,7 +214,8 @@ class N3Aggregation2d(nn.Module):
         out = images.new_empty(b, nnn.K * c, grid.height, grid.width)
         columns, rows = windows.columns(features), windows.rows(images)
         row_bytes = 4 * n * (nnn.K + 2) * math.prod(windows.size)
-        for s, first, last in chunks(b, grid.block_rows, row_bytes, WINDOW_BYTES):
+        for s, blocks in pieces(b, grid.block_rows, WINDOW_BYTES // row_bytes):
+            first, last = blocks.start, blocks.stop
             begin, end = max(0, first - grid.ratio + 1), min(grid.rows, last)
             distances = windows.distances(columns[s], begin, end)
             here = None if log_temp is None else log_temp[s, begin * n : end * n]
@@ -232,7 +232,7 @@ class N3Aggregation2d(nn.Module):
         tiles = WindowTiles(grid.rows, grid.cols, self.window, grid.ratio, device, dtype)
         if torch.is_grad_enabled() or self.aggregation.nnn.needs_all:
             distances = tile_distances(matched, tiles)  # (B, T, p, q, u, v)
-            weights = self._select(distances, log_temp, tiles.part(0, tiles.count))
+            weights = self._select(distances, log_temp, tiles.part(slice(None)))
             sums = aggregate_tiles(weights, blocks, tiles)  # (B, G, K, F)
         else:
             sums = self._stream(matched, blocks, log_temp, tiles)
@@ -256,8 +256,8 @@ class N3Aggregation2d(nn.Module):
         b, g, f = blocks.shape
         out = blocks.new_zeros(b, g, K * f)
         norms = patch_norms(matched, tiles.grid, tiles.ratio)
-        for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * K)):
-            part = tiles.part(i, j)
+        for s, some in tiles.pieces(blocks, 2 * K):
+            part = tiles.part(some)
             distances = distances_of_part(matched[s], norms[s], part, tiles.ratio)
             here = None if log_temp is None else log_temp[s]
             weights = self._select(distances, here, part)

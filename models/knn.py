@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ops import METRICS
 from ops.sets.index import DEFAULT_MAX_BYTES, ExactIndex
-from ops.sets.keys import METRICS
 from ops.sets.merge import merge_over_ranks
 from options import Options, option
 

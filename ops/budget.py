@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["CHUNK_BYTES", "DEFAULT_MAX_BYTES", "check_memory", "chunk_bytes", "chunks", "pieces"]
+__all__ = ["CHUNK_BYTES", "DEFAULT_MAX_BYTES", "check_memory", "chunk_bytes", "pieces"]
 
 # What fits a CPU's shared cache, what fills a GPU.
 DEFAULT_MAX_BYTES = {"cpu": 5 << 20, "cuda": 256 << 20, "mps": 64 << 20}
@@ -34,14 +34,6 @@ def pieces(b: int, m: int, rows: int) -> Iterator[tuple[slice, slice]]:
     for b0 in range(0, b, group):
         for m0 in range(0, m, chunk):
             yield slice(b0, min(b, b0 + group)), slice(m0, min(m, m0 + chunk))
-
-
-def chunks(
-    batch: int, count: int, size: int, budget: int = CHUNK_BYTES
-) -> list[tuple[slice, int, int]]:
-    """Cut batch × count things of `size` bytes into pieces within a budget: samples, first, end."""
-    fitting = pieces(batch, count, budget // max(1, size))
-    return [(samples, part.start, part.stop) for samples, part in fitting]
 
 
 def check_memory(num_bytes: int, device: torch.device) -> None:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.cpu import build
-from ops.cpu.build import window_kernels
 
 __all__ = ["SATURATION", "relaxed_selection"]
 
@@ -63,11 +62,11 @@ def _rounds_by_logs(logits: Tensor, weights: Tensor, saturation: float) -> None:
 def _relax_forward(logits: Tensor, K: int, saturation: float) -> Tensor:
     """Weights (R, K, O) of logits (R, O)."""
     weights = logits.new_empty(logits.shape[0], K, logits.shape[1])
-    lib = window_kernels(logits) if saturation == SATURATION else None
-    if lib is not None:
+    native = build.kernel("relaxed_forward", logits) if saturation == SATURATION else None
+    if native is not None:
         first = torch.softmax(logits, -1).contiguous()
         left = torch.empty(len(first), dtype=torch.bool)
-        build.run(lib.relaxed_forward, first, weights, left, len(first), K, first.shape[1])
+        native(first, weights, left, len(first), K, first.shape[1])
         if left.any():
             rows = left.nonzero()[:, 0]
             again = weights.new_empty(len(rows), *weights.shape[1:])
@@ -117,9 +116,9 @@ class _RelaxedSelection(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         r, k, n = weights.shape
         out = weights.new_empty(r, n)
-        lib = window_kernels(weights, grad)
-        if lib is not None:
-            build.run(lib.relaxed_backward, weights, grad.contiguous(), out, r, k, n)
+        native = build.kernel("relaxed_backward", weights, grad)
+        if native is not None:
+            native(weights, grad.contiguous(), out, r, k, n)
             return out, None, None
         step = max(1, CHUNK_ROWS // max(1, weights.shape[2]))
         for i in range(0, len(out), step):

@@ -9,9 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ops.cpu import build
-
-__all__ = ["best_of_rows", "best_of_rows_torch", "block_size", "topk_rows"]
+__all__ = ["best_of_rows_torch", "block_size", "topk_rows", "two_stage_topk"]
 
 
 def topk_rows(scores: Tensor, K: int, largest: bool = True) -> tuple[Tensor, Tensor]:
@@ -35,45 +33,30 @@ def topk_rows(scores: Tensor, K: int, largest: bool = True) -> tuple[Tensor, Ten
     return torch.ops.neighbors.topk_rows(scores, K, largest)
 
 
-@torch.library.custom_op("neighbors::topk_rows", mutates_args=())
-def _topk_rows(scores: Tensor, K: int, largest: bool) -> tuple[Tensor, Tensor]:
-    n = scores.shape[-1]
-    rows = scores.reshape(-1, n)
-    values, indices = best_of_rows(rows, K, largest)
+def topk_rows_torch(scores: Tensor, K: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """See `topk_rows`."""
+    values, indices = best_of_rows_torch(scores.reshape(-1, scores.shape[-1]), K, largest)
     shape = (*scores.shape[:-1], K)
     return values.contiguous().view(shape), indices.contiguous().view(shape)
 
 
-@_topk_rows.register_fake
+topk_rows_op = torch.library.custom_op("neighbors::topk_rows", topk_rows_torch, mutates_args=())
+
+
+@topk_rows_op.register_fake
 def _(scores: Tensor, K: int, largest: bool) -> tuple[Tensor, Tensor]:
     shape = (*scores.shape[:-1], K)
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
 
 
-def best_of_rows(rows: Tensor, K: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-    """Top K of (R, n): values and indices (R, K), new tensors."""
-    lib = build.library() if build.usable(rows) else None
-    if lib is None:
-        return best_of_rows_torch(rows, K, largest)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    count, n = rows.shape
-    values = rows.new_empty(count, K)
-    indices = rows.new_empty(count, K, dtype=torch.int64)
-    stride, sign = rows.stride(0), 1.0 if largest else -1.0
-    if count:
-        build.run(lib.nn_topk, rows, count, n, stride, K, sign, values, indices)
-    return values, indices
-
-
 def best_of_rows_torch(rows: Tensor, K: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-    """Top K of (R, n) without kernels: one or two stages of `torch.topk`, then ties in order."""
+    """Top K of (R, n), new tensors: one or two stages of `torch.topk`, then ties in order."""
     n = rows.shape[1]
     on_cpu = rows.device.type == "cpu"
     take = min(K + 1, n) if on_cpu else K  # one more shows whether the last place is shared
     block = block_size(n, take) if on_cpu else 1
     if block > 1:
-        values, indices = _two_stage_topk(rows, take, largest, block)
+        values, indices = two_stage_topk(rows, take, largest, block)
     else:
         values, indices = rows.topk(take, dim=1, largest=largest)
     if not on_cpu:
@@ -96,8 +79,11 @@ def block_size(n: int, K: int) -> int:
     return block if n >= max(2000, 4 * K * block) else 1
 
 
-def _two_stage_topk(rows: Tensor, K: int, largest: bool, block: int) -> tuple[Tensor, Tensor]:
-    """Top K of long rows: K blocks by their best entry, then the entries of those blocks."""
+def two_stage_topk(rows: Tensor, K: int, largest: bool, block: int) -> tuple[Tensor, Tensor]:
+    """Top K of long rows (R, n): K blocks by their best entry, then the entries of those blocks.
+
+    A row has at least K blocks of `block` entries. Ties come in any order.
+    """
     count, n = rows.shape
     blocks = n // block
     head = rows[:, : blocks * block].unflatten(1, (block, blocks))  # block j: columns j + i·blocks

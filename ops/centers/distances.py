@@ -25,9 +25,10 @@ References:
 
 from __future__ import annotations
 
-import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,13 +102,9 @@ def _repair_near(squared: Tensor, keys: Tensor, queries: Tensor, query_squares: 
         squared[row, column] = (queries[row] - keys[column]).square_().sum(dim=1)
 
 
-def _compiled(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the compiled distances if there are any and they can read these tensors."""
-    for tensor in tensors:
-        fits = tensor.dtype is torch.float32 and tensor.device.type == "cpu"
-        if not (fits and tensor.is_contiguous()):
-            return None
-    return build.distance_library()
+def _kernel(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
+    """Return compiled distances if there are any and they can read these tensors as they are."""
+    return build.kernel(name, *tensors) if all(t.is_contiguous() for t in tensors) else None
 
 
 def _squared_distances(
@@ -125,9 +122,9 @@ def _squared_distances(
         return out
     few = keys.shape[1] <= _DIRECT_FEATURES
     small = few or out.numel() * keys.shape[1] <= _COMPILED_DIFFERENCES
-    library = _compiled(queries, keys, out) if small else None
-    if library is not None:
-        build.run(library.nd_squared, queries, keys, *out.shape, keys.shape[1], out)
+    native = _kernel("nd_squared", queries, keys, out) if small else None
+    if native is not None:
+        native(queries, keys, *out.shape, keys.shape[1], out)
         return out
     if few:
         return _direct_squared(keys, queries, out, work)
@@ -343,12 +340,12 @@ class DistanceKernel:
         few = features <= _DIRECT_FEATURES or rows * count * features <= _COMPILED_DIFFERENCES
         if self.kernel_type != "euclidean" or self.exponent not in _SQUARINGS or not few:
             return False
-        library = _compiled(queries, keys, columns, sums)
-        if library is None:
+        native = _kernel("nd_votes", queries, keys, columns, sums)
+        if native is None:
             return False
         sizes = rows, count, features, columns.shape[1]
         power = self.epsilon, _SQUARINGS[self.exponent]
-        build.run(library.nd_votes, queries, keys, columns, *sizes, *power, sums)
+        native(queries, keys, columns, *sizes, *power, sums)
         return True
 
     def weights(self, distances: Tensor, *, relative: bool = False) -> Tensor:

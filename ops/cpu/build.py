@@ -1,7 +1,7 @@
 """Compiled CPU kernels: built on first use, absent without a compiler.
 
-Each needs a C++17 compiler and nothing else, and takes a few seconds to build, once per machine,
-into a cache folder of the user. Environment variables:
+Each source beside this file needs a C++17 compiler and nothing else, and takes a few seconds to
+build, once per machine, into a cache folder of the user. Environment variables:
 
 - `NEIGHBORS_NATIVE`: 0 switches the kernels off, 1 (or unset) uses them where they can be built,
   `require` raises where they cannot, with the compiler's words.
@@ -12,6 +12,7 @@ into a cache folder of the user. Environment variables:
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -20,30 +21,82 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "NativeError",
-    "build",
-    "distance_library",
-    "exact_search_helpers",
-    "exact_search_library",
-    "library",
-    "optional",
-    "pointer",
-    "run",
-    "status",
-    "usable",
-    "window_kernels",
-]
+__all__ = ["NativeError", "OutOfRange", "build", "kernel", "library", "status"]
 
 SOURCES = Path(__file__).parent
-ABI = 2
+ABI = 5  # kernels_abi() in threads.h: one number for all of SIGNATURES
+
+# The entry points of each source and their arguments: p a pointer, i an int64, d an int, f a float
+# and t the number of threads, which `kernel` adds. They return a code (`_run`), or what follows >.
+SIGNATURES = {
+    "search": {
+        "nn_search": "ppiiiiidpidpiippt",
+        "nn_topk": "piiiifppt",
+        "nn_vector_length": ">d",
+    },
+    "aggregate": {
+        "nn_aggregate": "ppipppiiiiiit",
+        "nn_aggregate_grad_input": "ppippiiiiiit",
+        "nn_aggregate_grad_weight": "pppipiiiiiit",
+    },
+    "attend": {
+        "nn_attend": "ppppipppddfppiiiiit",
+        "nn_attend_backward": "ppppppippddppppiiiiit",
+    },
+    "relax": {
+        "relaxed_forward": "pppiiit",
+        "relaxed_backward": "pppiiit",
+    },
+    "windows": {
+        "window_rows": "pppdt",
+        "window_columns": "pppt",
+        "window_distances": "ppppiit",
+        "window_distances_backward": "ppppit",
+        "window_aggregate": "ppppiiiit",
+        "window_aggregate_backward": "ppppppit",
+    },
+    "index": {
+        "es_supported": ">d",
+        "es_panel": ">i",
+        "es_meta": ">i",
+        "es_new": "pdiiiddpt>p",
+        "es_free": "p>",
+        "es_pack": "pdiiddpppt",
+        "es_scan": "ppppii",
+        "es_select": "piiipfippit",
+        "es_costs": "pdiippidpt",
+        "es_evaluated": "p>i",
+        "es_finish": "ppp",
+    },
+    "distances": {
+        "nd_squared": "ppiiipt",
+        "nd_votes": "pppiiiifdpt",
+    },
+}
+_SOURCE_OF = {name: source for source, names in SIGNATURES.items() for name in names}
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int64,
+    "d": ctypes.c_int,
+    "f": ctypes.c_float,
+    "t": ctypes.c_int,
+}
+# Sources that one layer needs: they are compiled at the same time.
+_TOGETHER = (("search", "aggregate", "attend"), ("windows", "relax"), ("index",), ("distances",))
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-w")
+_OPTIONS = {
+    "relax": ("-fopenmp-simd",),
+    "windows": ("-fopenmp-simd",),
+    "index": ("-fopenmp-simd", "-fno-trapping-math"),
+}
 _BUILD_SECONDS = 180
 
 _lock = threading.Lock()
@@ -52,6 +105,10 @@ _found: dict[str, ctypes.CDLL | Exception] = {}  # what came of each build
 
 class NativeError(RuntimeError):
     """The kernels cannot be built or loaded."""
+
+
+class OutOfRange(ArithmeticError):
+    """The numbers do not fit the arithmetic of a path; a wider one is tried."""
 
 
 def _compilers() -> list[str]:
@@ -101,37 +158,21 @@ def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> str
         Path(name).unlink(missing_ok=True)
 
 
-def _declare_search(lib: ctypes.CDLL) -> None:
-    if lib.nn_abi() != ABI:
-        raise OSError(f"{lib._name} is not of this version")
-    i, p, d, f = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-    lib.nn_topk.argtypes = [p, i, i, i, i, f, p, p, d]
-    lib.nn_search.argtypes = [p, p, i, i, i, i, i, d, p, i, d, p, i, i, p, p, d]
-    sizes = [i] * 6
-    lib.nn_aggregate.argtypes = [p, p, i, p, p, p, *sizes, d]
-    lib.nn_aggregate_grad_input.argtypes = [p, p, i, p, p, *sizes, d]
-    lib.nn_aggregate_grad_weight.argtypes = [p, p, p, i, p, *sizes, d]
-    sizes = [i] * 5
-    lib.nn_attend.argtypes = [p, p, p, p, i, p, p, p, d, d, f, p, p, *sizes, d]
-    lib.nn_attend_backward.argtypes = [p, p, p, p, p, p, i, p, p, d, d, p, p, p, p, *sizes, d]
-
-
-def _open(path: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
+def _open(path: Path, name: str) -> ctypes.CDLL:
+    """Load a source's library; raise OSError or AttributeError if it is not the expected one."""
     lib = ctypes.CDLL(str(path))
-    declare(lib)
+    if lib.kernels_abi() != ABI:
+        raise OSError(f"{path} is not of this version")
+    for entry, signature in SIGNATURES[name].items():
+        arguments, returns, result = signature.partition(">")
+        function = getattr(lib, entry)
+        function.argtypes = [_TYPES[letter] for letter in arguments]
+        function.restype = _TYPES.get(result) if returns else ctypes.c_int
     return lib
 
 
-def build(
-    name: str, declare: Callable[[ctypes.CDLL], None], options: Sequence[str] = ()
-) -> ctypes.CDLL:
+def build(name: str) -> ctypes.CDLL:
     """Compile `<name>.cpp`, unless the cache holds it, and load it.
-
-    Args:
-        name: Name of the source, without suffix.
-        declare: Sets the argument types; raises OSError or AttributeError if the library is not
-            the expected one.
-        options: More options for the compiler.
 
     Raises:
         NativeError: If that is not possible here.
@@ -148,19 +189,19 @@ def build(
     problems = []
     for compiler in compilers:
         for arch in _arch_flags():
-            flags = [*arch, *options]
+            flags = [*arch, *_OPTIONS.get(name, ())]
             recipe = "\0".join([compiler, *_FLAGS, *flags, _cpu(), sys.platform])
             key = hashlib.sha256(text + recipe.encode()).hexdigest()[:24]
             path = folder / f"{name}-{key}.so"
             problem = "" if path.exists() else _compile(compiler, flags, source, path)
             if not problem:
                 try:
-                    return _open(path, declare)
+                    return _open(path, name)
                 except (OSError, AttributeError) as error:  # a damaged file: build it again
                     problem = _compile(compiler, flags, source, path)
                     if not problem:
                         try:
-                            return _open(path, declare)
+                            return _open(path, name)
                         except (OSError, AttributeError):
                             problem = str(error)
             problems.append(problem)
@@ -172,12 +213,17 @@ def _wanted() -> str:
     return "0" if wanted in ("0", "off", "false", "no") else wanted
 
 
-def optional(
-    name: str, declare: Callable[[ctypes.CDLL], None], options: Sequence[str] = ()
-) -> ctypes.CDLL | None:
-    """Return :func:`build`'s library, or None where it is switched off or cannot be built.
+def _try_build(name: str) -> ctypes.CDLL | Exception:
+    try:
+        return build(name)
+    except (NativeError, OSError, RuntimeError) as error:
+        return error
 
-    It is built at the first call; what came of that is kept.
+
+def library(name: str = "search") -> ctypes.CDLL | None:
+    """Return the kernels of a source, or None where they are switched off or cannot be built.
+
+    They are built at the first call, with those needed beside them; what came of that is kept.
     """
     wanted = _wanted()
     if wanted == "0":
@@ -185,21 +231,15 @@ def optional(
     if name not in _found:
         with _lock:
             if name not in _found:
-                try:
-                    _found[name] = build(name, declare, options)
-                except (NativeError, OSError, RuntimeError) as error:
-                    _found[name] = error
+                names = next(group for group in _TOGETHER if name in group)
+                with ThreadPoolExecutor(len(names)) as pool:
+                    _found.update(zip(names, pool.map(_try_build, names), strict=True))
     found = _found[name]
     if isinstance(found, Exception):
         if wanted == "require":
             raise NativeError(str(found)) from found
         return None
     return found
-
-
-def library() -> ctypes.CDLL | None:
-    """Return the kernels of the search, or None; see :func:`optional`."""
-    return optional("search", _declare_search)
 
 
 def status() -> str:
@@ -212,89 +252,35 @@ def status() -> str:
     return f"compiled, vectors of {lib.nn_vector_length()} floats"
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Return the address of a contiguous tensor's first element, None (null) for none."""
-    return None if tensor is None else tensor.data_ptr()
+def kernel(name: str, *tensors: Tensor | None) -> Callable[..., Any] | None:
+    """Return a compiled function, or None where there is none that can take these tensors.
 
+    Args:
+        name: One of the entry points in `SIGNATURES`.
+        tensors: What it must be able to take: float32 or indices, on the CPU, in no traced graph.
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Tell whether the kernels can take these tensors: all float32 or indices, on the CPU."""
+    Returns:
+        A function of contiguous tensors (addresses, kept alive during the call), None (null) and
+        numbers, which runs on torch's threads. It raises IndexError for an index out of range,
+        `OutOfRange` for numbers beyond its arithmetic, and MemoryError.
+    """
     kinds = (torch.float32, torch.int64)
-    return (
-        all(t is None or (t.device.type == "cpu" and t.dtype in kinds) for t in tensors)
-        and library() is not None
-    )
-
-
-def run(function: Callable[..., int], *args: Tensor | float | None) -> None:
-    """Run a kernel on tensors (contiguous, kept alive here) and numbers, on torch's threads."""
-    raw = [pointer(a) if isinstance(a, Tensor) else a for a in args]
-    code = function(*raw, torch.get_num_threads())
-    if code == 2:
-        raise IndexError("a neighbor index is out of range")
-    if code:
-        raise MemoryError("a neighbor kernel ran out of memory")
-
-
-def _declare_windows(lib: ctypes.CDLL) -> None:
-    """Set the argument types of `windows.cpp`."""
-    if lib.relaxed_abi() != 3:
-        raise OSError("another version of the kernels")
-    p, i, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.relaxed_forward.argtypes = [p] * 3 + [i] * 3 + [threads]
-    lib.relaxed_backward.argtypes = [p] * 3 + [i] * 3 + [threads]
-    lib.window_rows.argtypes = [p] * 3 + [threads] * 2
-    lib.window_columns.argtypes = [p] * 3 + [threads]
-    lib.window_distances.argtypes = [p] * 4 + [i] * 2 + [threads]
-    lib.window_distances_backward.argtypes = [p] * 4 + [i, threads]
-    lib.window_aggregate.argtypes = [p] * 4 + [i] * 4 + [threads]
-    lib.window_aggregate_backward.argtypes = [p] * 6 + [i, threads]
-
-
-def window_kernels(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the compiled kernels if they exist here and can take these tensors."""
     if torch.compiler.is_compiling() or any(
-        t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors
+        t is not None and (t.device.type != "cpu" or t.dtype not in kinds) for t in tensors
     ):
         return None
-    return optional("windows", _declare_windows, ("-fopenmp-simd",))
+    lib = library(_SOURCE_OF[name])
+    return None if lib is None else functools.partial(_run, getattr(lib, name), name)
 
 
-def exact_search_library() -> ctypes.CDLL | None:
-    """Return the compiled search where the processor has fast 8-bit products."""
-    library = exact_search_helpers()
-    return library if library is not None and library.es_supported() else None
-
-
-def exact_search_helpers() -> ctypes.CDLL | None:
-    """Load index.cpp if it can be compiled, for the parts that run anywhere."""
-    return optional("index", _declare_exact_search, ("-fopenmp-simd", "-fno-trapping-math"))
-
-
-def _declare_exact_search(library: ctypes.CDLL) -> None:
-    pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.es_new.restype = pointer
-    library.es_new.argtypes = [pointer, integer, *[number] * 3, integer, integer, pointer, integer]
-    library.es_pack.argtypes = [pointer, integer, number, number, integer, integer, *[pointer] * 3]
-    library.es_pack.argtypes += [integer]
-    library.es_scan.argtypes = [*[pointer] * 4, number, number]
-    library.es_select.argtypes = [pointer, *[number] * 3, pointer, ctypes.c_float, number]
-    library.es_select.argtypes += [pointer, pointer, number, integer]
-    library.es_costs.argtypes = [pointer, integer, number, number, pointer, pointer, number]
-    library.es_costs.argtypes += [integer, pointer, integer]
-    library.es_finish.argtypes, library.es_finish.restype = [pointer] * 3, None
-    library.es_free.argtypes, library.es_free.restype = [pointer], None
-    library.es_evaluated.argtypes, library.es_evaluated.restype = [pointer], number
-    library.es_panel.restype = library.es_meta.restype = number
-
-
-def _declare_distances(library: ctypes.CDLL) -> None:
-    size, address = ctypes.c_int64, ctypes.c_void_p
-    number, integer = ctypes.c_float, ctypes.c_int
-    library.nd_squared.argtypes = [*[address] * 2, *[size] * 3, address, integer]
-    library.nd_votes.argtypes = [*[address] * 3, *[size] * 4, number, integer, address, integer]
-
-
-def distance_library() -> ctypes.CDLL | None:
-    """Return the compiled distances to centers, or None; see :func:`optional`."""
-    return optional("distances", _declare_distances)
+def _run(function: Callable[..., Any], name: str, *args: Any) -> Any:
+    arguments, returns, _ = SIGNATURES[_SOURCE_OF[name]][name].partition(">")
+    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    result = function(*raw, *([torch.get_num_threads()] if arguments.endswith("t") else []))
+    if returns or result == 0:
+        return result
+    if result == 2:
+        raise IndexError("a neighbor index is out of range")
+    if result == 3:
+        raise OutOfRange(f"{name}: not a number, or overflow")
+    raise MemoryError(f"a neighbor kernel ran out of memory ({name}, code {result})")

@@ -3,24 +3,22 @@
 // ctypes; ops/centers/distances.py holds the PyTorch path.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "threads.h"
+#include "vectors.h"
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int VL = 16, TILE = 4;  // TILE x TILE sums, TILE keys and two more stay in registers
+constexpr int TILE = 4;  // TILE x TILE sums, TILE keys and two more stay in registers
 #elif defined(__AVX__)
-constexpr int VL = 8, TILE = 3;
+constexpr int TILE = 3;
 #else
-constexpr int VL = 4, TILE = 2;
+constexpr int TILE = 2;
 #endif
-
-typedef float vf __attribute__((vector_size(VL * 4)));
-typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 // ROWS queries x COLS keys of D numbers: out[r * stride + c].
 template <int ROWS, int COLS>
@@ -29,9 +27,9 @@ void tile(const float* queries, const float* keys, int64_t D, float* out, int64_
   int64_t d = 0;
   for (; d + VL <= D; d += VL) {
     vf key[COLS];
-    for (int c = 0; c < COLS; ++c) key[c] = *reinterpret_cast<const vfu*>(keys + c * D + d);
+    for (int c = 0; c < COLS; ++c) key[c] = load(keys + c * D + d);
     for (int r = 0; r < ROWS; ++r) {
-      const vf query = *reinterpret_cast<const vfu*>(queries + r * D + d);
+      const vf query = load(queries + r * D + d);
       for (int c = 0; c < COLS; ++c) {
         const vf t = query - key[c];
         sums[r][c] += t * t;
@@ -72,11 +70,11 @@ void few_features(const float* queries, const float* keys, int64_t B, int64_t N,
       for (int64_t n = 0; n < count; n += VL) {
         vf sum = {};
         for (int64_t d = 0; d < D; ++d) {
-          const vf t = query[d] - *reinterpret_cast<const vfu*>(columns + d * STRETCH + n);
+          const vf t = query[d] - load(columns + d * STRETCH + n);
           sum += t * t;
         }
         if (n + VL <= count)
-          *reinterpret_cast<vfu*>(row + n) = sum;
+          store(row + n, sum);
         else
           for (int64_t lane = 0; n + lane < count; ++lane) row[n + lane] = sum[lane];
       }
@@ -98,12 +96,13 @@ void squared(const float* queries, const float* keys, int64_t B, int64_t N, int6
 template <class Work>
 int in_pieces(int threads, int64_t rows, int64_t differences, Work&& work) {
   if (differences < (1 << 19)) threads = 1;
-  const int64_t share = (rows + 2 * threads - 1) / (2 * threads);
-  const int64_t size = std::min<int64_t>(8, (share + ROWS - 1) / ROWS) * ROWS;
-  std::atomic<int64_t> next{0};
-  return on_threads(threads, [&] {
-    for (int64_t first; (first = next.fetch_add(size)) < rows;) work(first, std::min(size, rows - first));
-  }) ? 0 : 1;
+  const int64_t share = std::max<int64_t>(1, ceil_div(rows, 2 * threads));
+  const int64_t size = std::min<int64_t>(8, ceil_div(share, ROWS)) * ROWS;
+  return guarded([&] {
+    run_tasks(threads, ceil_div(rows, size), [&](int64_t task) {
+      work(task * size, std::min(size, rows - task * size));
+    });
+  });
 }
 
 // Squared distances -> (distance + epsilon)^-(2^SQUARINGS), in place.
@@ -134,7 +133,7 @@ void vote(const float* queries, const float* keys, const float* columns, int64_t
       vf total = {};
       int64_t n = 0;
       for (; n + VL <= count; n += VL)
-        total += *reinterpret_cast<const vfu*>(weight + n) * *reinterpret_cast<const vfu*>(column + n);
+        total += load(weight + n) * load(column + n);
       float sum = 0;
       for (; n < count; ++n) sum += weight[n] * column[n];
       for (int lane = 0; lane < VL; ++lane) sum += total[lane];
@@ -147,7 +146,7 @@ void vote(const float* queries, const float* keys, const float* columns, int64_t
 
 extern "C" {
 
-// queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous. 0: done; 1: no memory.
+// queries (B, D), keys (N, D) -> out (B, N), all float32 and contiguous.
 int nd_squared(const float* queries, const float* keys, int64_t B, int64_t N, int64_t D, float* out, int threads) {
   return in_pieces(threads, B, B * N * D, [&](int64_t first, int64_t count) {
     squared(queries + first * D, keys, count, N, D, out + first * N);

@@ -18,28 +18,13 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define ES_VNNI 1
-#include <immintrin.h>
-#else
-#define ES_VNNI 0
-#endif
-
+#include "panels.h"
 #include "threads.h"
+#include "vectors.h"
 
 namespace {
-
-constexpr int kPanel = 48;     // keys per panel: three 16-lane registers
-constexpr int kRows = 8;       // queries per micro-kernel call
-constexpr int kMeta = 2 * kPanel + 4;  // scales, biases, largest norm, largest residual, largest |bias|, spare
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-enum Metric { kEuclidean = 0, kDot = 1, kCosine = 2 };
-enum Type { kF32 = 0, kF64 = 1, kU8 = 2, kI8 = 3 };
 
 struct Candidate {
   float lower, upper;
@@ -51,100 +36,12 @@ struct IntCandidate {
   bool operator<(const IntCandidate& o) const { return cost != o.cost ? cost < o.cost : index < o.index; }
 };
 
-using Best = std::pair<double, int64_t>;  // (cost, index): the order that puts the lower index first on ties
-
-struct Search {
-  int64_t m, d, dpad, K;
-  int metric, type, threads;
-  bool integers;          // exact integer costs, nothing to certify
-  const void* queries;    // caller's rows, kept alive by the caller
-  std::vector<int8_t> packed;      // (m padded to kRows, dpad)
-  std::vector<int32_t> start;      // initial accumulator
-  std::vector<float> scale;        // c * sx_i
-  std::vector<float> err_norm, err_resid, err_add;  // see E above
-  std::vector<double> shift;       // const_i
-  std::vector<double> norm;        // |x_i| of the caller's rows
-  std::vector<double> unit;        // computed costs are this many times the true ones (8-bit cosine: |x_i|)
-  std::atomic<int64_t> evaluated{0};  // pairs evaluated in float64
-  std::vector<std::vector<Best>> best;  // heaps, worst on top
-};
-
-// Runs f(0..jobs-1) on up to `threads` threads; false if any of them failed (out of memory).
-template <class F>
-bool parallel(int threads, int64_t jobs, F f) {
-  std::atomic<int64_t> next{0};
-  return on_threads(int(std::min<int64_t>(threads, jobs)), [&] {
-    for (int64_t j; (j = next.fetch_add(1)) < jobs;) f(j);
-  });
-}
-
-// Sums of squared differences (kEuclidean) or of products of two rows, in float64 and 32 lanes: enough independent
-// additions to hide their latency.
-#if ES_VNNI
-
-inline __m512d load8(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
-inline __m512d load8(const double* x) { return _mm512_loadu_pd(x); }
-inline __m512d load8(const uint8_t* x) {
-  return _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
-inline __m512d load8(const int8_t* x) {
-  return _mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
-
-template <bool kDifference, class T>
-inline double sum_pairs(const T* x, const T* y, int64_t d) {
-  __m512d lanes[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
-  int64_t c = 0;
-  for (; c + 32 <= d; c += 32)
-#pragma GCC unroll 4
-    for (int l = 0; l < 4; ++l) {
-      const __m512d a = load8(x + c + 8 * l), b = load8(y + c + 8 * l);
-      const __m512d t = _mm512_sub_pd(a, b);
-      lanes[l] = kDifference ? _mm512_fmadd_pd(t, t, lanes[l]) : _mm512_fmadd_pd(a, b, lanes[l]);
-    }
-  for (; c + 8 <= d; c += 8) {
-    const __m512d a = load8(x + c), b = load8(y + c), t = _mm512_sub_pd(a, b);
-    lanes[0] = kDifference ? _mm512_fmadd_pd(t, t, lanes[0]) : _mm512_fmadd_pd(a, b, lanes[0]);
-  }
-  double s = _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(lanes[0], lanes[1]), _mm512_add_pd(lanes[2], lanes[3])));
-  for (; c < d; ++c) {
-    const double a = double(x[c]), b = double(y[c]);
-    s += kDifference ? (a - b) * (a - b) : a * b;
-  }
-  return s;
-}
-
-#else
-
-template <bool kDifference, class T>
-inline double sum_pairs(const T* x, const T* y, int64_t d) {
-  const auto term = [x, y](int64_t c) {
-    const double a = double(x[c]), b = double(y[c]);
-    return kDifference ? (a - b) * (a - b) : a * b;
-  };
-  double lanes[32] = {};
-  int64_t c = 0;
-  for (; c + 32 <= d; c += 32)
-    for (int l = 0; l < 32; ++l) lanes[l] += term(c + l);
-  double s = 0;
-  for (int l = 0; l < 32; ++l) s += lanes[l];
-  for (; c < d; ++c) s += term(c);
-  return s;
-}
-
-#endif
-
-template <class T>
-double squared_norm(const T* x, int64_t d) {
-  return sum_pairs<false>(x, x, d);
-}
-
 // Cost of one pair in float64. For cosine `qnorm` is |x|; a zero vector has similarity 0 to everything.
 template <class T>
 double exact_cost(const T* x, const T* y, int64_t d, int metric, double qnorm) {
-  if (metric == kEuclidean) return sum_pairs<true>(x, y, d);
+  if (metric == EUCLIDEAN) return sum_pairs<true>(x, y, d);
   const double s = sum_pairs<false>(x, y, d);
-  if (metric == kDot) return -s;
+  if (metric == DOT) return -s;
   const double n = qnorm * std::sqrt(squared_norm(y, d));
   return n > 0 ? -s / n : 0.0;
 }
@@ -175,167 +72,6 @@ void offer(std::vector<Best>& heap, size_t K, Best b) {
     heap.back() = b;
     std::push_heap(heap.begin(), heap.end());
   }
-}
-
-float round_up(double v) {
-  float f = static_cast<float>(v);
-  return f < v ? std::nextafterf(f, kInf) : f;
-}
-
-// One row -> float32, for cosine at length 1, minus `mean`. Returns its norm; `ok` turns false on NaN or overflow.
-// The only rounding is that of the result: the row is within kRound * norm of the true one.
-constexpr double kRound = 1.3e-7;
-
-template <class T>
-double center_row(const T* x, const float* mean, int64_t d, bool normalise, float* out, bool* ok) {
-  if (normalise) {
-    double n = std::sqrt(squared_norm(x, d));
-    if (!(n < 1e150)) *ok = false;
-    const double f = n > 0 ? 1.0 / n : 0.0;
-#pragma omp simd
-    for (int64_t c = 0; c < d; ++c) out[c] = float(double(x[c]) * f - double(mean[c]));
-  } else if (std::is_same<T, float>::value) {
-#pragma omp simd
-    for (int64_t c = 0; c < d; ++c) out[c] = float(x[c]) - mean[c];
-  } else {
-#pragma omp simd
-    for (int64_t c = 0; c < d; ++c) out[c] = float(double(x[c]) - double(mean[c]));
-  }
-  double s = squared_norm(out, d);
-  if (!(s < 1e36)) *ok = false;
-  return std::sqrt(s);
-}
-
-// Symmetric quantisation of a row: values in [-127, 127], returns scale; residual norm (an upper bound) in *resid.
-float quantise_row(const float* x, int64_t d, int32_t* out, double* resid) {
-  float top = 0;
-#pragma omp simd reduction(max : top)
-  for (int64_t c = 0; c < d; ++c) top = std::max(top, std::fabs(x[c]));
-  if (top < 1e-30f) {
-    for (int64_t c = 0; c < d; ++c) out[c] = 0;
-    *resid = std::sqrt(double(d)) * 1e-30;
-    return 0.0f;
-  }
-  float s = top / 127.0f, inv = 127.0f / top;
-  float r = 0;
-#pragma omp simd reduction(+ : r)
-  for (int64_t c = 0; c < d; ++c) {
-    const float p = x[c] * inv, w = std::fabs(p) < 127.0f ? p : std::copysign(127.0f, p);
-    const int32_t q = int32_t(w + std::copysign(0.5f, w));  // any rounding will do: its error is measured
-    const float v = float(q);
-    out[c] = q;
-    float t = x[c] - v * s;
-    r += t * t;
-  }
-  // float rounding in t and in the sum: relative d * 2^-24 of the sum, plus 2^-23 * top per entry
-  *resid = std::sqrt(double(r)) * (1.0 + 1e-7 * double(d)) + std::sqrt(double(d)) * 2.4e-7 * top;
-  return s;
-}
-
-// ---- packing ------------------------------------------------------------------------------------------------------
-
-// Integer panels: keys as unsigned bytes. bias (int32): euclidean |y|^2 - 256 sum(y) for u8; see es_queries.
-void pack_integer_panel(const uint8_t* rows, uint8_t flip, int64_t n, int64_t d, int64_t dpad, int metric, bool u8,
-                        uint8_t* out, float* meta) {
-  std::memset(out, 0, size_t(dpad) * kPanel);
-  int32_t* bias = reinterpret_cast<int32_t*>(meta + kPanel);
-  for (int j = 0; j < kPanel; ++j) {
-    meta[j] = 1.0f;
-    if (j >= n) {
-      bias[j] = std::numeric_limits<int32_t>::max();
-      continue;
-    }
-    const uint8_t* y = rows + j * d;
-    int32_t sum = 0, sq = 0;
-    for (int64_t c = 0; c < d; ++c) {
-      int32_t v = uint8_t(y[c] ^ flip);
-      sum += v;
-      sq += v * v;
-      out[(c >> 2) * (kPanel * 4) + j * 4 + (c & 3)] = uint8_t(v);
-    }
-    if (metric == kEuclidean)
-      bias[j] = sq - 256 * sum;  // queries are shifted by -128
-    else
-      bias[j] = u8 ? -128 * sum : 0;
-  }
-  meta[2 * kPanel] = meta[2 * kPanel + 1] = meta[2 * kPanel + 2] = 0;
-}
-
-// Cosine on bytes: integer dot products, only |y| rounds. Keys unsigned (int8 keys are moved by 128).
-template <class T>
-void pack_byte_cosine_panel(const T* rows, uint8_t flip, int64_t n, int64_t d, int64_t dpad, uint8_t* out,
-                            float* meta) {
-  std::memset(out, 0, size_t(dpad) * kPanel);
-  double a = 0, r = 0;
-  for (int j = 0; j < kPanel; ++j) {
-    if (j >= n) {
-      meta[j] = 0.0f;
-      meta[kPanel + j] = kInf;
-      continue;
-    }
-    const T* y = rows + j * d;
-    int64_t sum = 0, sq = 0, usq = 0;
-    for (int64_t c = 0; c < d; ++c) {
-      int64_t v = y[c], u = uint8_t(uint8_t(y[c]) ^ flip);
-      sum += u;
-      sq += v * v;
-      usq += u * u;
-      out[(c >> 2) * (kPanel * 4) + j * 4 + (c & 3)] = uint8_t(u);
-    }
-    double inv = sq > 0 ? 1.0 / std::sqrt(double(sq)) : 0.0;
-    meta[j] = float(inv);
-    // u8: x.y = acc + 128 sum(y), acc over (x - 128) and y. int8: x.y = acc - 128 sum(x): in the start value.
-    double b = std::is_same<T, uint8_t>::value ? -128.0 * double(sum) * inv : 0.0;
-    meta[kPanel + j] = float(b);
-    a = std::max(a, (std::sqrt(double(usq)) + 1.0) * inv);
-    r = std::max(r, std::fabs(b));
-  }
-  meta[2 * kPanel] = float(a * 1.0001);
-  meta[2 * kPanel + 1] = 0.0f;
-  meta[2 * kPanel + 2] = float(r * 4.8e-7 + 1e-36);
-}
-
-template <class T>
-bool pack_float_panel(const T* rows, const float* mean, int64_t n, int64_t d, int64_t dpad, int metric,
-                      uint8_t* out, float* meta, float* row, int32_t* q) {
-  std::memset(out, 128, size_t(dpad) * kPanel);
-  bool ok = true;
-  double a = 0, b = 0, r = 0;
-  const double mean_norm = std::sqrt(squared_norm(mean, d));
-  for (int j = 0; j < kPanel; ++j) {
-    if (j >= n) {
-      meta[j] = 0.0f;
-      meta[kPanel + j] = kInf;
-      continue;
-    }
-    const T* y = rows + j * d;
-    double norm = center_row(y, mean, d, metric == kCosine, row, &ok), resid;
-    float s = quantise_row(row, d, q, &resid);
-    int32_t* dst = reinterpret_cast<int32_t*>(out) + j;
-    int64_t c = 0;
-    for (; c + 4 <= d; c += 4)
-      dst[(c >> 2) * kPanel] = int32_t(uint32_t(q[c] + 128) | uint32_t(q[c + 1] + 128) << 8 |
-                                       uint32_t(q[c + 2] + 128) << 16 | uint32_t(q[c + 3] + 128) << 24);
-    for (; c < d; ++c) out[(c >> 2) * (kPanel * 4) + j * 4 + (c & 3)] = uint8_t(q[c] + 128);
-    const double e = kRound * norm;
-    double bias = 0, moved;  // moved: how far rounding of the row can move the bias
-    if (metric == kEuclidean) {
-      bias = norm * norm;
-      moved = 2.0 * norm * e + e * e;
-    } else {
-      for (int64_t f = 0; f < d; ++f) bias -= double(mean[f]) * double(row[f]);
-      moved = mean_norm * e;
-    }
-    meta[j] = s;
-    meta[kPanel + j] = float(bias);
-    a = std::max(a, norm + resid + e);
-    b = std::max(b, resid + e);
-    r = std::max(r, std::fabs(bias) * 2.4e-7 + moved);
-  }
-  meta[2 * kPanel] = float(a * 1.0001);
-  meta[2 * kPanel + 1] = float(b * 1.0001);
-  meta[2 * kPanel + 2] = float(r * 1.0001 + 1e-36);
-  return ok;
 }
 
 // ---- scanning -----------------------------------------------------------------------------------------------------
@@ -401,7 +137,7 @@ struct FloatList {
   template <class F>
   float about_kth(size_t K, std::vector<int32_t>& scratch, F field) const {
     const size_t count = items.size();
-    if (count <= K) return kInf;
+    if (count <= K) return INF;
     scratch.resize(count);
     int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
     for (size_t c = 0; c < count; ++c) {
@@ -482,7 +218,7 @@ int64_t settle(Search& h, FloatList* lists, int64_t q0, int64_t count, const voi
     lists[i].base = std::min(lists[i].base, round_up(exact_bound(h, q0 + i)));
     lists[i].drop_above_base();
     lists[i].limit = 4 * K + 64 + 2 * lists[i].items.size();
-    cut[i] = kInf;
+    cut[i] = INF;
   }
   if (early) return evaluated;
   evaluated += evaluate(h, lists, cut.data(), q0, count, rows, type, n, base_index);
@@ -533,7 +269,7 @@ void scan_float(Search& h, const uint8_t* packed, const float* meta, const void*
           _mm512_store_ps(score + 32, t2);
           for (; hit; hit &= hit - 1) {
             const int j = __builtin_ctzll(hit);
-            if (!(score[j] < kInf)) continue;  // padding
+            if (!(score[j] < INF)) continue;  // padding
             const float lower = score[j] - E;
             if (lower > list.base) continue;
             list.items.push_back({lower, score[j] + E, first + j});
@@ -575,7 +311,7 @@ void scan_integer(Search& h, const uint8_t* packed, const float* meta, int64_t n
     lists[i].base = std::numeric_limits<int32_t>::max();
     if (h.best[q0 + i].size() == K) lists[i].base = int32_t(h.best[q0 + i].front().first - h.shift[q0 + i]);
   }
-  const int shift = h.metric == kEuclidean ? 1 : 0;
+  const int shift = h.metric == EUCLIDEAN ? 1 : 0;
   alignas(64) int32_t score[kPanel], dots[kRows * kPanel];
   for (int64_t p = 0; p < panels; ++p) {
     const float* mt = meta + p * kMeta;
@@ -617,64 +353,34 @@ void scan_integer(Search& h, const uint8_t* packed, const float* meta, int64_t n
 
 #endif  // ES_VNNI
 
-template <class T>
-void pack_byte_query(Search& h, int64_t i) {
-  const T* x = static_cast<const T*>(h.queries) + i * h.d;
-  int8_t* out = h.packed.data() + i * h.dpad;
-  const bool u8 = std::is_same<T, uint8_t>::value;
-  int64_t sum = 0, sq = 0, shifted = 0;
-  for (int64_t c = 0; c < h.d; ++c) {
-    const int b = int(x[c]) - (u8 ? 128 : 0);
-    out[c] = int8_t(b);
-    sum += b;
-    shifted += b * b;
-    sq += int64_t(x[c]) * int64_t(x[c]);
+// Keeps the `length` smallest of cost_j = bias_j - factor * row_j in a heap, largest first, with labels start + j.
+void select_row(const float* row, int64_t n, const float* bias, float factor, int64_t start, float* heap,
+                int64_t* label, int64_t length) {
+  constexpr int kBlock = 64;
+  float cost[kBlock];
+  for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
+    const int count = int(std::min<int64_t>(kBlock, n - j0));
+    const float bound = heap[0];
+    int below = 0;
+    for (int j = 0; j < count; ++j) {
+      cost[j] = bias[j0 + j] - factor * row[j0 + j];
+      below += cost[j] < bound;
+    }
+    if (below == 0) continue;
+    for (int j = 0; j < count; ++j) {
+      const float c = cost[j];
+      if (!(c < heap[0])) continue;
+      int64_t hole = 0;  // replace the largest, sift down
+      for (int64_t child; (child = 2 * hole + 1) < length; hole = child) {
+        if (child + 1 < length && heap[child + 1] > heap[child]) ++child;
+        if (!(heap[child] > c)) break;
+        heap[hole] = heap[child];
+        label[hole] = label[child];
+      }
+      heap[hole] = c;
+      label[hole] = start + j0 + j;
+    }
   }
-  h.norm[i] = std::sqrt(double(sq));
-  h.scale[i] = 1.0f;
-  if (h.metric == kEuclidean) {
-    h.shift[i] = double(shifted + 256 * sum + h.d * 16384);  // sum of (b + 128)^2: both sides moved into 0..255
-  } else if (h.integers) {
-    h.shift[i] = u8 ? 0.0 : 128.0 * double(sum);
-  } else {
-    if (!u8) h.start[i] = int32_t(-128 * sum);
-    h.unit[i] = h.norm[i];
-    h.err_norm[i] = round_up((std::sqrt(double(shifted)) + (u8 ? 0.0 : 128.0 * std::fabs(double(sum)))) * 4.9e-7);
-  }
-}
-
-template <class T>
-bool pack_float_query(Search& h, int64_t i, const float* mean, float* row, int32_t* q) {
-  const T* x = static_cast<const T*>(h.queries) + i * h.d;
-  int8_t* out = h.packed.data() + i * h.dpad;
-  bool ok = true;
-  const double c = h.metric == kEuclidean ? 2.0 : 1.0;
-  double resid;
-  const double norm = center_row(x, mean, h.d, h.metric == kCosine, row, &ok);
-  h.norm[i] = std::sqrt(squared_norm(x, h.d));
-  const float s = quantise_row(row, h.d, q, &resid);
-  int64_t sum = 0;
-  for (int64_t e = 0; e < h.d; ++e) {
-    out[e] = int8_t(q[e]);
-    sum += q[e];
-  }
-  h.start[i] = int32_t(-128 * sum);
-  h.scale[i] = float(c * s);
-  const double e = kRound * norm;
-  resid += e;
-  const double quantised = norm + resid;  // at least the length of the quantised row
-  h.err_norm[i] = round_up(c * (resid + 4.9e-7 * quantised) * 1.0001);
-  h.err_resid[i] = round_up(c * quantised * 1.0001);
-  if (h.metric == kEuclidean) {
-    h.shift[i] = norm * norm;
-    h.err_add[i] = round_up((2.0 * norm * e + e * e) * 1.0001);
-  } else {  // x.y = x~.y~ + mean.y~ + x.mean
-    double xm = 0, mm = squared_norm(mean, h.d);
-    for (int64_t f = 0; f < h.d; ++f) xm += double(row[f]) * double(mean[f]);
-    h.shift[i] = -(xm + mm);
-    h.err_add[i] = round_up(std::sqrt(mm) * e * 1.0001);
-  }
-  return ok && h.norm[i] < 1e150;
 }
 
 }  // namespace
@@ -709,7 +415,7 @@ void* es_new(const void* queries, int type, int64_t m, int64_t d, int64_t K, int
     h->unit.assign(padded, 1.0);
     h->best.resize(m);
     std::atomic<bool> fine{true};
-    bool done = parallel(threads, (m + 63) / 64, [&](int64_t job) {
+    run_tasks(threads, (m + 63) / 64, [&](int64_t job) {
       std::vector<float> row(d);
       std::vector<int32_t> q(d);
       for (int64_t i = job * 64; i < std::min(m, job * 64 + 64); ++i) {
@@ -723,7 +429,7 @@ void* es_new(const void* queries, int type, int64_t m, int64_t d, int64_t K, int
         if (!ok) fine = false;
       }
     });
-    return done && fine ? h.release() : nullptr;
+    return fine ? h.release() : nullptr;
   } catch (...) {
     return nullptr;
   }
@@ -732,12 +438,12 @@ void* es_new(const void* queries, int type, int64_t m, int64_t d, int64_t K, int
 void es_free(void* handle) { delete static_cast<Search*>(handle); }
 
 // Packs n keys into packed (panels, dpad, 48) bytes and meta (panels, es_meta()) floats.
-// 0: done; 1: NaN or overflow; 2: no memory.
+// OUT_OF_RANGE: NaN or overflow.
 int es_pack(const void* rows, int type, int64_t n, int64_t d, int metric, int integers, const float* mean,
             uint8_t* packed, float* meta, int threads) {
   const int64_t panels = (n + kPanel - 1) / kPanel, dpad = (d + 3) / 4 * 4;
   std::atomic<bool> fine{true};
-  bool done = parallel(threads, (panels + 15) / 16, [&](int64_t job) {
+  const auto pack = [&](int64_t job) {
     std::vector<float> row(d);
     std::vector<int32_t> q(d);
     for (int64_t p = job * 16; p < std::min(panels, job * 16 + 16); ++p) {
@@ -759,27 +465,29 @@ int es_pack(const void* rows, int type, int64_t n, int64_t d, int metric, int in
                               q.data());
       if (!ok) fine = false;
     }
-  });
-  return !done ? 2 : fine ? 0 : 1;
+  };
+  const int code = guarded([&] { run_tasks(threads, (panels + 15) / 16, pack); });
+  return code ? code : fine ? DONE : OUT_OF_RANGE;
 }
 
 // Adds n packed keys to the running best K; `rows` are the same keys as they were, of the queries' type. Stretches of
-// keys must come in ascending order: on equal cost the lower index stays. 0: done; 2: no memory; 3: not supported.
+// keys must come in ascending order: on equal cost the lower index stays.
 int es_scan(void* handle, const uint8_t* packed, const float* meta, const void* rows, int64_t n, int64_t base_index) {
 #if ES_VNNI
   Search& h = *static_cast<Search*>(handle);
   int64_t tile = (h.m + 2 * h.threads - 1) / (2 * h.threads);
   tile = std::min<int64_t>(256, (tile + kRows - 1) / kRows * kRows);
-  bool done = parallel(h.threads, (h.m + tile - 1) / tile, [&](int64_t job) {
-    const int64_t q0 = job * tile, q1 = std::min(h.m, q0 + tile);
-    if (h.integers)
-      scan_integer(h, packed, meta, n, base_index, q0, q1);
-    else
-      scan_float(h, packed, meta, rows, h.type, n, base_index, q0, q1);
+  return guarded([&] {
+    run_tasks(h.threads, (h.m + tile - 1) / tile, [&](int64_t job) {
+      const int64_t q0 = job * tile, q1 = std::min(h.m, q0 + tile);
+      if (h.integers)
+        scan_integer(h, packed, meta, n, base_index, q0, q1);
+      else
+        scan_float(h, packed, meta, rows, h.type, n, base_index, q0, q1);
+    });
   });
-  return done ? 0 : 2;
 #else
-  return 3;
+  return NOT_SUPPORTED;
 #endif
 }
 
@@ -788,39 +496,12 @@ int es_scan(void* handle, const uint8_t* packed, const float* meta, const void* 
 // labels (m, length): start + j.
 int es_select(const float* products, int64_t m, int64_t n, int64_t stride, const float* bias, float factor,
               int64_t start, float* values, int64_t* labels, int64_t length, int threads) {
-  constexpr int kBlock = 64;
-  bool done = parallel(threads, (m + 15) / 16, [&](int64_t job) {
-    float cost[kBlock];
-    for (int64_t i = job * 16; i < std::min(m, job * 16 + 16); ++i) {
-      const float* row = products + i * stride;
-      float* heap = values + i * length;
-      int64_t* label = labels + i * length;
-      for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
-        const int count = int(std::min<int64_t>(kBlock, n - j0));
-        const float bound = heap[0];
-        int below = 0;
-        for (int j = 0; j < count; ++j) {
-          cost[j] = bias[j0 + j] - factor * row[j0 + j];
-          below += cost[j] < bound;
-        }
-        if (below == 0) continue;
-        for (int j = 0; j < count; ++j) {
-          const float c = cost[j];
-          if (!(c < heap[0])) continue;
-          int64_t hole = 0;  // replace the largest, sift down
-          for (int64_t child; (child = 2 * hole + 1) < length; hole = child) {
-            if (child + 1 < length && heap[child + 1] > heap[child]) ++child;
-            if (!(heap[child] > c)) break;
-            heap[hole] = heap[child];
-            label[hole] = label[child];
-          }
-          heap[hole] = c;
-          label[hole] = start + j0 + j;
-        }
-      }
-    }
+  return guarded([&] {
+    run_tasks(threads, (m + 15) / 16, [&](int64_t job) {
+      for (int64_t i = job * 16; i < std::min(m, job * 16 + 16); ++i)
+        select_row(products + i * stride, n, bias, factor, start, values + i * length, labels + i * length, length);
+    });
   });
-  return done ? 0 : 2;
 }
 
 // Costs in float64 of the keys named by labels (m, length) of rows (n, d); all of the queries' type.
@@ -831,8 +512,7 @@ int es_costs(const void* queries, int type, int64_t m, int64_t d, const void* ro
   h.d = d;
   h.metric = metric;
   h.queries = queries;
-  h.norm.assign(m, 0.0);
-  bool done = parallel(threads, (m + 15) / 16, [&](int64_t job) {
+  const auto evaluate = [&](int64_t job) {
     for (int64_t i = job * 16; i < std::min(m, job * 16 + 16); ++i) {
       switch (type) {
         case kF32: h.norm[i] = std::sqrt(squared_norm((const float*)queries + i * d, d)); break;
@@ -845,25 +525,30 @@ int es_costs(const void* queries, int type, int64_t m, int64_t d, const void* ro
         out[i * length + l] = exact_cost_any(h, i, rows, type, labels[i * length + l]);
       }
     }
+  };
+  return guarded([&] {
+    h.norm.assign(m, 0.0);
+    run_tasks(threads, (m + 15) / 16, evaluate);
   });
-  return done ? 0 : 2;
 }
 
 // How many pairs have been evaluated in float64 so far.
 int64_t es_evaluated(void* handle) { return static_cast<Search*>(handle)->evaluated; }
 
 // Writes costs (m, K) float64 and indices (m, K), best first, equal costs by index.
-void es_finish(void* handle, double* costs, int64_t* indices) {
+int es_finish(void* handle, double* costs, int64_t* indices) {
   Search& h = *static_cast<Search*>(handle);
-  parallel(h.threads, (h.m + 255) / 256, [&](int64_t job) {
-    for (int64_t i = job * 256; i < std::min(h.m, job * 256 + 256); ++i) {
-      auto& b = h.best[i];
-      std::sort(b.begin(), b.end());
-      for (size_t j = 0; j < b.size(); ++j) {
-        costs[i * h.K + j] = b[j].first;
-        indices[i * h.K + j] = b[j].second;
+  return guarded([&] {
+    run_tasks(h.threads, (h.m + 255) / 256, [&](int64_t job) {
+      for (int64_t i = job * 256; i < std::min(h.m, job * 256 + 256); ++i) {
+        auto& b = h.best[i];
+        std::sort(b.begin(), b.end());
+        for (size_t j = 0; j < b.size(); ++j) {
+          costs[i * h.K + j] = b[j].first;
+          indices[i * h.K + j] = b[j].second;
+        }
       }
-    }
+    });
   });
 }
 

@@ -1,85 +1,31 @@
-// Neural nearest neighbors on the CPU: products of patches with the windows around them, the K rounds
-// of the relaxed selection, weighted sums of patches, and the gradients of all three.
+// Patches and the windows around them on the CPU: distances of a patch to those of its window, weighted
+// sums of patches, and the gradients of both.
 //
 // A patch is ratio x ratio blocks; a window is `down` x `across` patches. Layouts of an image's blocks
 // (those of ops/patches/windows.py):
 //   rows     (samples, block_rows, block_cols, padded): the numbers of a block, zeros up to `padded`
 //   columns  (samples, block_rows, features, block_cols): one number of all blocks of a row
 // The columns may be read up to SLACK floats beyond their end. All memory is the caller's. Plain C
-// interface, no dependencies; functions return 1 where memory ran out, else 0.
+// interface, no dependencies.
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
 #include <type_traits>
 #include <vector>
-#if defined(__SSE__)
-#include <immintrin.h>
-#endif
 
 #include "threads.h"
+#include "vectors.h"
 
 namespace {
 
-// ------------------------------------------------------------------------------------- vectors
-
 #if defined(__AVX512F__)
-constexpr int LANES = 16, WIDE = 3;  // 7 x WIDE sums and WIDE numbers fit into the registers
-#elif defined(__AVX__)
-constexpr int LANES = 8, WIDE = 1;
+constexpr int WIDE = 3;  // 7 x WIDE sums and WIDE numbers fit into the registers
 #else
-constexpr int LANES = 4, WIDE = 1;
+constexpr int WIDE = 1;
 #endif
 constexpr int64_t SLACK = 64, MOST = 4;  // MOST: largest ratio
-
-typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-
-// Some neighboring lanes of a vector. A load by them leaves zeros in the others; no other number is
-// read or written.
-#if defined(__AVX512F__)
-struct Lanes {
-    __mmask16 mask;
-    Lanes() = default;
-    Lanes(int64_t begin, int64_t end) {
-        const auto below = [](int64_t n) { return (1u << std::min<int64_t>(n, LANES)) - 1; };
-        mask = static_cast<__mmask16>(below(end) & ~below(begin));
-    }
-};
-inline Vec load(const float* p, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes.mask, p); }
-inline void store(float* p, Vec x, Lanes lanes) { _mm512_mask_storeu_ps(p, lanes.mask, x); }
-#elif defined(__AVX__)
-struct Lanes {
-    __m256i mask;
-    Lanes() = default;
-    Lanes(int64_t begin, int64_t end) {
-        int32_t lane[LANES];
-        for (int i = 0; i < LANES; ++i) lane[i] = begin <= i && i < end ? -1 : 0;
-        std::memcpy(&mask, lane, sizeof mask);
-    }
-};
-inline Vec load(const float* p, Lanes lanes) { return _mm256_maskload_ps(p, lanes.mask); }
-inline void store(float* p, Vec x, Lanes lanes) { _mm256_maskstore_ps(p, lanes.mask, x); }
-#else
-struct Lanes {
-    int64_t begin, end;
-    Lanes() = default;
-    Lanes(int64_t from, int64_t to) : begin(from), end(std::min<int64_t>(to, LANES)) {}
-};
-inline Vec load(const float* p, Lanes lanes) {
-    Vec x = {};
-    for (int64_t i = lanes.begin; i < lanes.end; ++i) x[i] = p[i];
-    return x;
-}
-inline void store(float* p, Vec x, Lanes lanes) {
-    for (int64_t i = lanes.begin; i < lanes.end; ++i) p[i] = x[i];
-}
-#endif
 
 template <int N>
 using Int = std::integral_constant<int, N>;
@@ -109,19 +55,8 @@ void in_vectors(int64_t n, F f, int64_t i = 0) {
 
 // ------------------------------------------------------------------------------------- threads
 
-// Weights die out through numbers too small for the usual form, which are a hundred times slower and
-// change nothing: they count as 0 here.
-#if defined(__SSE__)
-struct SmallAsZero {
-    const unsigned before = _mm_getcsr();
-    SmallAsZero() { _mm_setcsr(before | 0x8040); }  // of results and of operands
-    ~SmallAsZero() { _mm_setcsr(before); }
-};
-#else
-struct SmallAsZero {};
-#endif
-
 struct Scratch {
+    const SmallAsZero mode;
     std::vector<float> memory[4];
     float* get(int which, int64_t size) {
         if (static_cast<int64_t>(memory[which].size()) < size) memory[which].resize(size);
@@ -129,16 +64,10 @@ struct Scratch {
     }
 };
 
-// Hand out tasks 0 .. count - 1 to the threads; returns the code of the interface.
+// Tasks 0 .. count - 1, each with a thread's scratch; the code of the interface.
 template <class Work>
-int run_tasks(int threads, int64_t count, Work work) {
-    std::atomic<int64_t> next{0};
-    const bool done = on_threads(static_cast<int>(std::min<int64_t>(threads, count)), [&] {
-        const SmallAsZero mode;
-        Scratch scratch;
-        for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, scratch);
-    });
-    return done ? 0 : 1;
+int run_windows(int threads, int64_t count, Work work) {
+    return guarded([&] { run_tasks(threads, count, [] { return Scratch(); }, work); });
 }
 
 // ------------------------------------------------------------------------------------ geometry
@@ -153,8 +82,8 @@ struct Shape {  // in the order of `Windows.sizes`
     int64_t block_rows() const { return rows + ratio - 1; }
     int64_t block_cols() const { return cols + ratio - 1; }
     int64_t candidates() const { return down * across; }
-    int64_t vectors() const { return (across + ratio - 1 + LANES - 1) / LANES; }  // of a row of keys
-    int64_t products() const { return (down + ratio - 1) * vectors() * LANES; }   // of a block
+    int64_t vectors() const { return (across + ratio - 1 + VL - 1) / VL; }  // of a row of keys
+    int64_t products() const { return (down + ratio - 1) * vectors() * VL; }   // of a block
 };
 
 int64_t window_start(int64_t i, int64_t n, int64_t window) {
@@ -176,19 +105,19 @@ struct Span {
 
 // R rows, `step` apart, of V vectors.
 template <int R, int V>
-inline __attribute__((always_inline)) void load_all(const float* from, int64_t step, Vec (&x)[R][V]) {
+inline __attribute__((always_inline)) void load_all(const float* from, int64_t step, vf (&x)[R][V]) {
 #pragma GCC unroll 7
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) x[i][v] = load(from + i * step + v * LANES);
+        for (int v = 0; v < V; ++v) x[i][v] = load(from + i * step + v * VL);
 }
 
 template <int R, int V>
-inline __attribute__((always_inline)) void store_all(const Vec (&x)[R][V], int64_t step, float* to) {
+inline __attribute__((always_inline)) void store_all(const vf (&x)[R][V], int64_t step, float* to) {
 #pragma GCC unroll 7
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) store(to + i * step + v * LANES, x[i][v]);
+        for (int v = 0; v < V; ++v) store(to + i * step + v * VL, x[i][v]);
 }
 
 // out (R, V vectors), plus what is there if `more`: sum over keys of a (R, rows * keys) times
@@ -196,13 +125,13 @@ inline __attribute__((always_inline)) void store_all(const Vec (&x)[R][V], int64
 template <int R, int V>
 void weigh(const float* a, int64_t step, const float* x, int64_t rows, int64_t row_step, int64_t keys,
            int64_t padded, bool more, float* out) {
-    Vec sum[R][V] = {};
+    vf sum[R][V] = {};
     if (more) load_all(out, padded, sum);
     for (int64_t r = 0; r < rows; ++r, x += row_step, a += keys)
         for (int64_t c = 0; c < keys; ++c) {
-            Vec b[V];
+            vf b[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) b[v] = load(x + c * padded + v * LANES);
+            for (int v = 0; v < V; ++v) b[v] = load(x + c * padded + v * VL);
 #pragma GCC unroll 7
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
@@ -213,21 +142,21 @@ void weigh(const float* a, int64_t step, const float* x, int64_t rows, int64_t r
 
 // Its adjoint for x: x (rows, keys, V vectors of `padded`) += a (R, rows * keys) times g (R, V vectors).
 template <int R, int V>
-void give(const float* a, int64_t step, const float* g, float* x, int64_t rows, int64_t row_step,
-          int64_t keys, int64_t padded) {
-    Vec from[R][V];
+void give(const float* a, int64_t step, float* x, int64_t rows, int64_t row_step, int64_t keys,
+          int64_t padded, bool, const float* g) {
+    vf from[R][V];
     load_all(g, padded, from);
     for (int64_t r = 0; r < rows; ++r, x += row_step, a += keys)
         for (int64_t c = 0; c < keys; ++c) {
-            Vec b[V];
+            vf b[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) b[v] = load(x + c * padded + v * LANES);
+            for (int v = 0; v < V; ++v) b[v] = load(x + c * padded + v * VL);
 #pragma GCC unroll 7
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
                 for (int v = 0; v < V; ++v) b[v] += a[i * step + c] * from[i][v];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) store(x + c * padded + v * LANES, b[v]);
+            for (int v = 0; v < V; ++v) store(x + c * padded + v * VL, b[v]);
         }
 }
 
@@ -236,13 +165,13 @@ void give(const float* a, int64_t step, const float* g, float* x, int64_t rows, 
 template <int R, int V>
 void compare(const float* q, int64_t step, int64_t stride, const float* const* keys, int64_t key_step,
              int64_t features, bool more, float* out, int64_t out_step) {
-    Vec sum[R][V] = {};
+    vf sum[R][V] = {};
     if (more) load_all(out, out_step, sum);
     const float* from[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) from[v] = keys[v];
     for (int64_t f = 0; f < features; ++f, q += stride) {
-        Vec b[V];
+        vf b[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) b[v] = load(from[v] + f * key_step);
 #pragma GCC unroll 7
@@ -268,24 +197,36 @@ struct Tile {
     int64_t size() const { return volumes * s.products(); }  // of the numbers of a block
 };
 
-// sums (TILE, volumes, padded) of `rows` of a sample under weights (TILE, volumes, keys of the block).
-template <int MOST_VECTORS>
-void weigh_tile(const Tile& t, const float* weights, const float* rows, float* sums) {
+// For all blocks of the tile, in pieces of some window rows and vectors of a block's numbers: calls
+// f(volumes, vectors, weights, count, rows, height, line, width, padded, more, sums) with what the piece
+// has of the weights (volumes `count` apart), of the rows of the image it meets (`height` of them, `line`
+// apart, `width` blocks in each) and of the block's sums (volumes `padded` apart); `more` after the first.
+template <int MOST_VECTORS, class Rows, class Sums, class F>
+inline __attribute__((always_inline)) void walk_tile(const Tile& t, const float* weights, Rows* rows,
+                                                     Sums* sums, F f) {
     const int64_t padded = t.s.padded(), line = t.s.block_cols() * padded;
-    in_vectors<MOST_VECTORS>(padded / LANES, [&](auto v, int64_t i) {
-        const int64_t step = std::max<int64_t>(1, CACHE / (v.value * LANES * TILE));
+    in_vectors<MOST_VECTORS>(padded / VL, [&](auto v, int64_t i) {
+        const int64_t step = std::max<int64_t>(1, CACHE / (v.value * VL * TILE));
         for (int64_t r = 0; r < t.down.size; r += step)
             for (int64_t b = t.begin; b < t.end; ++b) {
                 const Span across = t.across(b);
-                const int64_t count = t.down.size * across.size;
+                const int64_t count = t.down.size * across.size, height = std::min(step, t.down.size - r);
                 const float* from = weights + (b - t.begin) * t.size() + r * across.size;
-                const float* x = rows + (t.down.first + r) * line + across.first * padded + i * LANES;
-                float* out = sums + (b - t.begin) * t.volumes * padded + i * LANES;
+                Rows* x = rows + (t.down.first + r) * line + across.first * padded + i * VL;
+                Sums* sum = sums + (b - t.begin) * t.volumes * padded + i * VL;
                 in_sevens(t.volumes, [&](auto n, int64_t k) {
-                    weigh<n.value, v.value>(from + k * count, count, x, std::min(step, t.down.size - r),
-                                            line, across.size, padded, r > 0, out + k * padded);
+                    f(n, v, from + k * count, count, x, height, line, across.size, padded, r > 0,
+                      sum + k * padded);
                 });
             }
+    });
+}
+
+// sums (TILE, volumes, padded) of `rows` of a sample under weights (TILE, volumes, keys of the block).
+template <int MOST_VECTORS>
+void weigh_tile(const Tile& t, const float* weights, const float* rows, float* sums) {
+    walk_tile<MOST_VECTORS>(t, weights, rows, sums, [](auto n, auto v, auto... piece) {
+        weigh<n.value, v.value>(piece...);
     });
 }
 
@@ -293,21 +234,8 @@ void weigh_tile(const Tile& t, const float* weights, const float* rows, float* s
 // (TILE, volumes, padded).
 template <int MOST_VECTORS>
 void give_tile(const Tile& t, const float* weights, const float* g, float* rows) {
-    const int64_t padded = t.s.padded(), line = t.s.block_cols() * padded;
-    in_vectors<MOST_VECTORS>(padded / LANES, [&](auto v, int64_t i) {
-        const int64_t step = std::max<int64_t>(1, CACHE / (v.value * LANES * TILE));
-        for (int64_t r = 0; r < t.down.size; r += step)
-            for (int64_t b = t.begin; b < t.end; ++b) {
-                const Span across = t.across(b);
-                const int64_t count = t.down.size * across.size;
-                const float* from = weights + (b - t.begin) * t.size() + r * across.size;
-                float* x = rows + (t.down.first + r) * line + across.first * padded + i * LANES;
-                const float* in = g + (b - t.begin) * t.volumes * padded + i * LANES;
-                in_sevens(t.volumes, [&](auto n, int64_t k) {
-                    give<n.value, v.value>(from + k * count, count, in + k * padded, x,
-                                           std::min(step, t.down.size - r), line, across.size, padded);
-                });
-            }
+    walk_tile<MOST_VECTORS>(t, weights, rows, g, [](auto n, auto v, auto... piece) {
+        give<n.value, v.value>(piece...);
     });
 }
 
@@ -321,7 +249,7 @@ void compare_tile(const Tile& t, const float* q, int64_t q_step, int64_t volume_
     in_vectors<MOST_VECTORS>(t.down.size * vectors, [&](auto v, int64_t i) {
         int64_t offset[v.value];
         for (int n = 0; n < v.value; ++n)
-            offset[n] = (t.down.first + (i + n) / vectors) * features * line + (i + n) % vectors * LANES;
+            offset[n] = (t.down.first + (i + n) / vectors) * features * line + (i + n) % vectors * VL;
         const int64_t width = v.value * std::min(line, TILE + s.across);
         const int64_t pieces = (features * width + CACHE - 1) / CACHE;
         const int64_t step = (features + pieces - 1) / pieces;
@@ -333,7 +261,7 @@ void compare_tile(const Tile& t, const float* q, int64_t q_step, int64_t volume_
                 in_sevens(t.volumes, [&](auto n, int64_t k) {
                     compare<n.value, v.value>(q + (b - t.begin) * q_step + k * volume_step + f * stride, volume_step,
                                               stride, keys, line, std::min(step, features - f), f > 0,
-                                              out + b * t.size() + k * s.products() + i * LANES,
+                                              out + b * t.size() + k * s.products() + i * VL,
                                               s.products());
                 });
             }
@@ -344,7 +272,7 @@ void compare_tile(const Tile& t, const float* q, int64_t q_step, int64_t volume_
 // products[row % ratio] holds a row of blocks: (block_cols, volumes, down + ratio - 1, vectors).
 void sum_patch(const Shape& s, float* const* products, int64_t volumes, int64_t i, int64_t j, float* out) {
     const int64_t top = window_start(i, s.rows, s.down), left = window_start(j, s.cols, s.across);
-    const int64_t line = s.vectors() * LANES;
+    const int64_t line = s.vectors() * VL;
     const float* from[MOST * MOST];
     int parts = 0;
     for (int64_t a = i; a < i + s.ratio; ++a)
@@ -353,12 +281,12 @@ void sum_patch(const Shape& s, float* const* products, int64_t volumes, int64_t 
             const int64_t col = left + b - j - Span(b, s.cols, s.across, s.ratio).first;
             from[parts++] = products[a % s.ratio] + b * volumes * s.products() + row * line + col;
         }
-    for (int64_t v = 0; v < s.across; v += LANES) {
+    for (int64_t v = 0; v < s.across; v += VL) {
         const Lanes lanes(0, s.across - v);
         for (int64_t k = 0; k < volumes; ++k)
             for (int64_t u = 0; u < s.down; ++u) {
                 const int64_t at = k * s.products() + u * line + v;
-                Vec sum = load(from[0] + at);
+                vf sum = load(from[0] + at);
                 for (int p = 1; p < parts; ++p) sum += load(from[p] + at);
                 store(out + (k * s.down + u) * s.across + v, sum, lanes);
             }
@@ -381,14 +309,14 @@ void spread_block(const Shape& s, const float* weights, int64_t begin, int64_t v
             from[parts] = weights + ((i - begin) * s.cols + j) * volumes * s.candidates() -
                           row[parts] * line - col[parts];
         }
-    for (int64_t v = 0; v < across.size; v += LANES) {
+    for (int64_t v = 0; v < across.size; v += VL) {
         Lanes lanes[MOST * MOST];
         for (int p = 0; p < parts; ++p)
             lanes[p] = Lanes(std::max<int64_t>(0, col[p] - v), std::max<int64_t>(0, col[p] + line - v));
         const Lanes all(0, across.size - v);
         for (int64_t k = 0; k < volumes; ++k)
             for (int64_t r = 0; r < size; ++r) {
-                Vec sum = {};
+                vf sum = {};
                 for (int p = 0; p < parts; ++p)
                     if (r >= row[p] && r < row[p] + rows)
                         sum += load(from[p] + (k * rows + r) * line + v, lanes[p]);
@@ -406,7 +334,7 @@ void move_block(const Shape& s, int64_t a, int64_t b, float scale, float* images
     const int64_t first = std::max<int64_t>(0, -y0), last = std::min(side, s.height - y0);
     const int64_t plane = s.height * s.width, width = s.width, channels = s.channels;
     if (BACK) std::fill(values, values + s.volumes * s.padded(), 0.f);
-    for (int64_t x = 0; x < side; x += LANES) {
+    for (int64_t x = 0; x < side; x += VL) {
         const Lanes lanes(std::max<int64_t>(0, -x0 - x), std::max<int64_t>(0, std::min(side, width - x0) - x));
         for (int64_t k = 0; k < s.volumes; ++k) {
             float* value = values + k * s.padded() + x;
@@ -436,85 +364,12 @@ int64_t pieces(int64_t samples, int64_t rows, int threads) {
 
 extern "C" {
 
-int relaxed_abi() { return 3; }
-
-// first (rows, n): softmax of the logits; weights (rows, k, n). left[row] becomes 1 where a row left the
-// range of the numbers: its weights are not to be used.
-int relaxed_forward(const float* first, float* weights, uint8_t* left, int64_t rows, int64_t k, int64_t n,
-                    int threads) {
-    // With u = exp(alpha) and s its sum, w = u / s, and u becomes u (1 - w): the formulas of ops/relax.py.
-    const int64_t step = 32;
-    return run_tasks(threads, (rows + step - 1) / step, [=](int64_t task, Scratch&) {
-        std::vector<double> u(n);
-        for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
-            const float* in = first + row * n;
-            float* out = weights + row * k * n;
-            double total = 0;
-#pragma omp simd reduction(+ : total)
-            for (int64_t i = 0; i < n; ++i) {
-                u[i] = in[i];
-                total += u[i];
-                out[i] = in[i];
-            }
-            for (int64_t j = 1; j < k; ++j) {
-                const double inverse = 1 / total;
-                double next = 0;
-#pragma omp simd reduction(+ : next)
-                for (int64_t i = 0; i < n; ++i) {
-                    u[i] *= (total - u[i]) * inverse;  // 0 where u[i] is all there is
-                    next += u[i];
-                }
-                total = next;
-                const double scale = 1 / total;
-                float* volume = out + j * n;
-#pragma omp simd
-                for (int64_t i = 0; i < n; ++i) volume[i] = static_cast<float>(u[i] * scale);
-            }
-            left[row] = !(total > 1e-30);
-        }
-    });
-}
-
-// weights, grad (rows, k, n) -> out (rows, n): the gradient of the logits.
-int relaxed_backward(const float* weights, const float* grad, float* out, int64_t rows, int64_t k,
-                     int64_t n, int threads) {
-    const int64_t step = 32;
-    return run_tasks(threads, (rows + step - 1) / step, [=](int64_t task, Scratch& scratch) {
-        float* direct = scratch.get(0, n);
-        for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
-            float* total = out + row * n;
-            std::fill(total, total + n, 0.f);
-            for (int64_t j = k - 1; j >= 0; --j) {
-                const float* w = weights + (row * k + j) * n;
-                const float* g = grad + (row * k + j) * n;
-                float slope = 0, rest = 0, pull = 0;
-#pragma omp simd reduction(+ : slope, rest, pull)
-                for (int64_t i = 0; i < n; ++i) {
-                    const bool near = w[i] >= 0.75f;  // at most one: its 1 - w is the sum of others
-                    const float other = near ? 0.f : w[i];
-                    direct[i] = g[i] * w[i] - other * total[i] / (1.f - other);
-                    slope += direct[i];
-                    rest += other;
-                    pull += near ? total[i] * w[i] : 0.f;
-                }
-                const float share = pull / std::max(rest, 1e-30f);
-#pragma omp simd
-                for (int64_t i = 0; i < n; ++i) {
-                    const bool near = w[i] >= 0.75f;
-                    const float more = near ? -total[i] * w[i] : w[i] * share;
-                    total[i] += direct[i] - w[i] * slope + more;
-                }
-            }
-        }
-    });
-}
-
 // Rows of blocks from images (samples, channels, block_rows * side, block_cols * side); `sizes` are those
 // of such images. With `back`, images from rows.
 int window_rows(const int64_t* sizes, float* images, float* rows, int back, int threads) {
     const Shape s(sizes);
     const int64_t line = s.block_cols(), padded = s.padded();
-    return run_tasks(threads, s.samples * s.block_rows(), [=](int64_t task, Scratch&) {
+    return run_windows(threads, s.samples * s.block_rows(), [=](int64_t task, Scratch&) {
         const int64_t a = task % s.block_rows();
         float* image = images + task / s.block_rows() * s.channels * s.height * s.width;
         for (int64_t b = 0; b < line; ++b)
@@ -529,7 +384,7 @@ int window_rows(const int64_t* sizes, float* images, float* rows, int back, int 
 int window_columns(const int64_t* sizes, const float* images, float* columns, int threads) {
     const Shape s(sizes);
     const int64_t line = s.block_cols(), side = s.side;
-    return run_tasks(threads, s.samples * s.block_rows(), [=](int64_t task, Scratch&) {
+    return run_windows(threads, s.samples * s.block_rows(), [=](int64_t task, Scratch&) {
         const int64_t sample = task / s.block_rows(), a = task % s.block_rows();
         float* out = columns + task * s.features() * line;
         for (int64_t c = 0; c < s.channels; ++c)
@@ -547,7 +402,7 @@ int window_distances(const int64_t* sizes, const float* columns, const float* no
                      int64_t begin, int64_t end, int threads) {
     const Shape s(sizes);
     const int64_t parts = pieces(s.samples, end - begin, threads), line = s.block_cols();
-    return run_tasks(threads, s.samples * parts, [=](int64_t task, Scratch& scratch) {
+    return run_windows(threads, s.samples * parts, [=](int64_t task, Scratch& scratch) {
         const int64_t sample = task / parts, part = task % parts;
         const int64_t first = begin + (end - begin) * part / parts;
         const int64_t last = begin + (end - begin) * (part + 1) / parts;
@@ -585,7 +440,7 @@ int window_distances_backward(const int64_t* sizes, const float* rows, const flo
                               int64_t parts, int threads) {
     const Shape s(sizes);
     const int64_t line = s.block_cols(), blocks = s.block_rows() * line, padded = s.padded();
-    return run_tasks(threads, s.samples * parts, [=](int64_t task, Scratch& scratch) {
+    return run_windows(threads, s.samples * parts, [=](int64_t task, Scratch& scratch) {
         const int64_t sample = task / parts, part = task % parts;
         const float* x = rows + sample * blocks * padded;
         const float* from = grad + sample * s.rows * s.cols * s.candidates();
@@ -634,7 +489,7 @@ int window_aggregate(const int64_t* sizes, const float* rows, const float* weigh
                      int64_t first_row, int64_t last_row, int64_t first, int64_t last, int threads) {
     const Shape s(sizes);
     const int64_t line = s.block_cols(), padded = s.padded();
-    return run_tasks(threads, s.samples * (last - first), [=](int64_t task, Scratch& scratch) {
+    return run_windows(threads, s.samples * (last - first), [=](int64_t task, Scratch& scratch) {
         const int64_t sample = task / (last - first), a = first + task % (last - first);
         const float* x = rows + sample * s.block_rows() * line * padded;
         const float* from = weights + sample * (last_row - first_row) * s.cols * s.volumes * s.candidates();
@@ -661,7 +516,7 @@ int window_aggregate_backward(const int64_t* sizes, const float* columns, const 
                               int threads) {
     const Shape s(sizes);
     const int64_t line = s.block_cols(), padded = s.padded(), volumes = s.volumes;
-    return run_tasks(threads, s.samples * parts, [=](int64_t task, Scratch& scratch) {
+    return run_windows(threads, s.samples * parts, [=](int64_t task, Scratch& scratch) {
         const int64_t sample = task / parts, part = task % parts;
         const int64_t first = s.rows * part / parts, last = s.rows * (part + 1) / parts;
         const int64_t size = volumes * s.candidates(), row_size = line * volumes * s.products();

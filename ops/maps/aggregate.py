@@ -7,43 +7,17 @@ there are any, all else through PyTorch in chunks.
 Symbols: B batch, M queries, N keys, C channels, K neighbors, O output channels.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ops.autocast import match_autocast, without_autocast
 from ops.budget import chunk_bytes, pieces
-from ops.cpu import build
+from ops.rows import flat_index
 
-__all__ = [
-    "aggregate_neighbors",
-    "gathered_rows",
-    "match_autocast",
-    "sample_step",
-    "without_autocast",
-]
-
-
-def without_autocast(function: Callable) -> Callable:
-    """Let an operator's own products run in the types it was given."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with torch.autocast(device_type=args[0].device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def match_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast as torch does for a convolution under autocast (float64 stays)."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+__all__ = ["aggregate_neighbors", "gathered_rows"]
 
 
 def aggregate_neighbors(
@@ -87,21 +61,15 @@ def aggregate_neighbors(
     return torch.ops.neighbors.aggregate(x, indices, weight, bias)
 
 
-@torch.library.custom_op("neighbors::aggregate", mutates_args=())
 @without_autocast
-def _aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def aggregate_torch(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `aggregate_neighbors`."""
     b, n, c = x.shape
     m, K = indices.shape[-2:]
     o = weight.shape[0]
     x, indices = x.contiguous(), indices.contiguous()
     y = x.new_empty(b, m, o)
     if m == 0:
-        return y
-    if build.usable(x, indices, weight, bias) and _fused_pays(c, o, K):
-        weight = weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        step = sample_step(indices)
-        build.run(build.library().nn_aggregate, x, indices, step, weight, bias, y, b, m, n, c, o, K)
         return y
     matrix = weight.transpose(1, 2).reshape(o, K * c).T  # (K·C, O)
     flat = y.view(b * m, o)
@@ -113,14 +81,12 @@ def _aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) 
     return y
 
 
-@_aggregate.register_fake
+aggregate_op = torch.library.custom_op("neighbors::aggregate", aggregate_torch, mutates_args=())
+
+
+@aggregate_op.register_fake
 def _(x, indices, weight, bias):
     return x.new_empty(x.shape[0], indices.shape[-2], weight.shape[0])
-
-
-def _fused_pays(c: int, o: int, K: int) -> bool:
-    """Whether the register tiles beat a library's matrix product on gathered rows."""
-    return K * c * o <= 9 * 256 * 256
 
 
 def gathered_rows(x: Tensor, indices: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -132,11 +98,10 @@ def gathered_rows(x: Tensor, indices: Tensor) -> Iterator[tuple[int, int, Tensor
     b, n, c = x.shape
     m, K = indices.shape[-2:]
     table, indices = x.view(b * n, c), indices.expand(b, m, K)
-    starts = torch.arange(0, b * n, n, device=x.device)[:, None, None]
     budget = chunk_bytes(x.device) // 2  # the rest of the cache: weights and results
     buffer = None
     for samples, part in pieces(b, m, budget // (K * c * x.element_size())):
-        flat = (indices[samples, part] + starts[samples]).view(-1)
+        flat = flat_index(indices[samples, part], n, samples.start)
         if buffer is None:
             buffer = x.new_empty(len(flat), c)
         rows = torch.index_select(table, 0, flat, out=buffer[: len(flat)]).view(-1, K * c)
@@ -144,11 +109,11 @@ def gathered_rows(x: Tensor, indices: Tensor) -> Iterator[tuple[int, int, Tensor
         yield r0, r0 + len(rows), rows, flat
 
 
-@torch.library.custom_op("neighbors::aggregate_backward", mutates_args=())
 @without_autocast
-def _aggregate_backward(
+def aggregate_backward_torch(
     gy: Tensor, x: Tensor, indices: Tensor, weight: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight, empty where they are not needed."""
     b, n, c = x.shape
     m, K = indices.shape[-2:]
     o = weight.shape[0]
@@ -158,16 +123,6 @@ def _aggregate_backward(
     gx = x.new_zeros((b, n, c) if need_x else 0, dtype=wide)
     if m == 0:
         return gx.to(x.dtype), torch.zeros_like(weight) if need_weight else weight.new_empty(0)
-    if build.usable(x, indices, weight, gy) and _fused_pays(c, o, K):
-        lib, weight = build.library(), weight.contiguous()
-        step = sample_step(indices)
-        sizes = (b, m, n, c, o, K)
-        gw = weight.new_empty((o, c, K) if need_weight else 0)
-        if need_x:
-            build.run(lib.nn_aggregate_grad_input, gy, indices, step, weight, gx, *sizes)
-        if need_weight:
-            build.run(lib.nn_aggregate_grad_weight, gy, x, indices, step, gw, *sizes)
-        return gx, gw
     matrix = weight.transpose(1, 2).reshape(o, K * c)
     gw = weight.new_zeros((o, K * c) if need_weight else 0, dtype=wide)
     flat_gy, flat_gx = gy.view(b * m, o), gx.view(-1, c)
@@ -187,7 +142,12 @@ def _aggregate_backward(
     return gx.to(x.dtype), gw
 
 
-@_aggregate_backward.register_fake
+aggregate_backward_op = torch.library.custom_op(
+    "neighbors::aggregate_backward", aggregate_backward_torch, mutates_args=()
+)
+
+
+@aggregate_backward_op.register_fake
 def _(gy, x, indices, weight, need_x, need_weight):
     gx = x.new_empty(x.shape if need_x else (0,))
     return gx, weight.new_empty(weight.shape if need_weight else (0,))
@@ -208,14 +168,7 @@ def _aggregate_autograd(ctx, gy: Tensor):
     return gx if need_x else None, None, gw if need_weight else None, gb
 
 
-torch.library.register_autograd(
-    "neighbors::aggregate", _aggregate_autograd, setup_context=_aggregate_setup
-)
-
-
-def sample_step(indices: Tensor) -> int:
-    """How far apart the neighbors of two samples lie: 0 where all share them."""
-    return 0 if indices.dim() == 2 else indices.shape[1] * indices.shape[2]
+aggregate_op.register_autograd(_aggregate_autograd, setup_context=_aggregate_setup)
 
 
 @register_flop_formula(torch.ops.neighbors.aggregate)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ops import METRICS
-from ops.cpu import build
-from ops.maps.aggregate import gathered_rows, match_autocast, sample_step, without_autocast
+from ops.autocast import match_autocast, without_autocast
+from ops.maps.aggregate import gathered_rows
 
 __all__ = ["attend_neighbors"]
 
@@ -51,6 +51,26 @@ def attend_neighbors(
     Returns:
         (B, M, C). Under autocast in its type; scores are computed in float32.
     """
+    _check(q, k, v, indices, weight, metric)
+    q, k, v, weight, bias = match_autocast(q, k, v, weight, bias)
+    out_dtype = v.dtype
+    if out_dtype != torch.float64:  # half precision: softmax and sums in float32
+        q, k, v, weight = q.float(), k.float(), v.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    if metric == "cosine":
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    keep = None
+    if training and dropout_p > 0:
+        keep = F.dropout(q.new_ones(q.shape[0], *indices.shape[-2:]), dropout_p)
+    fixed, score = self_score is not None, self_score or 0.0
+    y, _ = torch.ops.neighbors.attend(
+        q, k, v, indices, weight, bias, metric == "euclidean", fixed, score, keep
+    )
+    return y.to(out_dtype)
+
+
+def _check(q, k, v, indices, weight, metric: str) -> None:
+    """Refuse what `attend_neighbors` cannot attend over."""
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)} (got {metric!r})")
     if v.shape != q.shape or k.shape[::2] != q.shape[::2] or weight.shape[0] != q.shape[2]:
@@ -65,34 +85,10 @@ def attend_neighbors(
             f"indices must end in (M, K) = {(k.shape[1], weight.shape[1])}, got "
             f"{tuple(indices.shape)}"
         )
-    q, k, v, weight, bias = match_autocast(q, k, v, weight, bias)
-    out_dtype = v.dtype
-    if out_dtype != torch.float64:  # half precision: softmax and sums in float32
-        q, k, v, weight = q.float(), k.float(), v.float(), weight.float()
-        bias = None if bias is None else bias.float()
-    if metric == "cosine":
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    keep = None
-    if training and dropout_p > 0:
-        keep = F.dropout(q.new_ones(q.shape[0], *indices.shape[-2:]), dropout_p)
-    y, _ = torch.ops.neighbors.attend(
-        q,
-        k,
-        v,
-        indices,
-        weight,
-        bias,
-        metric == "euclidean",
-        self_score is not None,
-        0.0 if self_score is None else self_score,
-        keep,
-    )
-    return y.to(out_dtype)
 
 
-@torch.library.custom_op("neighbors::attend", mutates_args=())
 @without_autocast
-def _attend(
+def attend_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -111,15 +107,6 @@ def _attend(
     y, attention = v.new_empty(b, m, c), v.new_empty(b, m, K)
     if m == 0:
         return y, attention
-    if build.usable(q, k, v, indices, weight, bias, keep):
-        bias = None if bias is None else bias.contiguous()
-        keep = None if keep is None else keep.contiguous()
-        build.run(
-            build.library().nn_attend,
-            *(q, k, v, indices, sample_step(indices), weight.T.contiguous(), bias, keep),
-            *(int(euclidean), int(fixed), self_score, attention, y, b, m, n, c, K),
-        )
-        return y, attention
     flat_k, flat_y, flat_a = k.view(b * m, c), y.view(b * m, c), attention.view(b * m, K)
     flat_keep = None if keep is None else keep.reshape(b * m, K)
     for r0, r1, rows, others, _ in _attended(q, v, indices):
@@ -135,7 +122,10 @@ def _attend(
     return (y if bias is None else y.add_(bias)), attention
 
 
-@_attend.register_fake
+attend_op = torch.library.custom_op("neighbors::attend", attend_torch, mutates_args=())
+
+
+@attend_op.register_fake
 def _(q, k, v, indices, weight, bias, euclidean, fixed, self_score, keep):
     return torch.empty_like(k, memory_format=torch.contiguous_format), k.new_empty(
         k.shape[0], k.shape[1], indices.shape[-1]
@@ -150,9 +140,8 @@ def _attended(q: Tensor, v: Tensor, indices: Tensor):
         yield r0, r1, rows.view(-1, K, c), table.index_select(0, flat).view(-1, K, c), flat
 
 
-@torch.library.custom_op("neighbors::attend_backward", mutates_args=())
 @without_autocast
-def _attend_backward(
+def attend_backward_torch(
     gy: Tensor,
     attention: Tensor,
     q: Tensor,
@@ -169,16 +158,6 @@ def _attend_backward(
     b, n, c = q.shape
     m, K = indices.shape[-2:]
     gq, gv = torch.zeros_like(q), torch.zeros_like(v)
-    if m and build.usable(gy, q, k, v, indices, weight, keep):
-        gk, gw = torch.empty_like(k), weight.new_empty(K, c)
-        keep = None if keep is None else keep.contiguous()
-        build.run(
-            build.library().nn_attend_backward,
-            *(gy, attention.contiguous(), q, k, v, indices, sample_step(indices)),
-            *(weight.T.contiguous(), keep, int(euclidean), int(fixed)),
-            *(gq, gk, gv, gw, b, m, n, c, K),
-        )
-        return gq, gk, gv, gw.T.contiguous()
     gk, gw = torch.zeros_like(k), torch.zeros_like(weight, memory_format=torch.contiguous_format)
     if m == 0:
         return gq, gk, gv, gw
@@ -209,7 +188,12 @@ def _attend_backward(
     return gq, gk, gv, gw
 
 
-@_attend_backward.register_fake
+attend_backward_op = torch.library.custom_op(
+    "neighbors::attend_backward", attend_backward_torch, mutates_args=()
+)
+
+
+@attend_backward_op.register_fake
 def _(gy, attention, q, k, v, indices, weight, euclidean, fixed, keep):
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, weight)
@@ -234,7 +218,7 @@ def _attend_autograd(ctx, gy: Tensor, _attention):
     return gq, gk, gv, None, gw, gb, None, None, None, None
 
 
-torch.library.register_autograd("neighbors::attend", _attend_autograd, setup_context=_attend_setup)
+attend_op.register_autograd(_attend_autograd, setup_context=_attend_setup)
 
 
 @register_flop_formula(torch.ops.neighbors.attend)

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ops import METRICS
+from ops.autocast import without_autocast
 from ops.budget import chunk_bytes, pieces
-from ops.cpu import build
-from ops.topk import best_of_rows, block_size
+from ops.rows import take_rows
+from ops.topk import best_of_rows_torch, block_size
 
 __all__ = ["nearest_neighbors"]
 
@@ -71,6 +72,21 @@ def nearest_neighbors(
         >>> nearest_neighbors(keys[:, :1], keys, 2, "euclidean")[1]
         tensor([[[0, 1]]])
     """
+    _check(queries, keys, K, metric, self_index, exclude_self, candidates)
+    return torch.ops.neighbors.search(
+        None if queries is None else queries.detach(),
+        keys.detach(),
+        K,
+        metric,
+        self_index,
+        exclude_self,
+        candidates,
+        max_bytes or 0,
+    )
+
+
+def _check(queries, keys, K, metric, self_index, exclude_self, candidates) -> None:
+    """Refuse what `nearest_neighbors` cannot search."""
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)} (got {metric!r})")
     if keys.dim() != 3 or (queries is not None and queries.dim() != 3):
@@ -104,54 +120,28 @@ def nearest_neighbors(
             f"K={K} is larger than the number of candidates, {available}: there are no more "
             "neighbors to find"
         )
-    return torch.ops.neighbors.search(
-        None if queries is None else queries.detach(),
-        keys.detach(),
-        K,
-        metric,
-        self_index,
-        exclude_self,
-        candidates,
-        max_bytes or 0,
-    )
 
 
-@torch.library.custom_op("neighbors::search", mutates_args=())
-def _search(
+def prepare(
     queries: Tensor | None,
     keys: Tensor,
     K: int,
-    metric: str,
     self_index: Tensor | None,
     exclude_self: bool,
     candidates: Tensor | None,
-    max_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(device_type=keys.device.type, enabled=False):
-        dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
-        keys = keys.to(dtype).contiguous()
-        b, n, _ = keys.shape
-        if self_index is not None:
-            self_index = self_index.to(keys.device, torch.int64).contiguous()
-        if candidates is not None:
-            candidates = candidates.to(keys.device, torch.int64).contiguous()
-        if queries is not None:
-            queries = queries.to(dtype).contiguous()
-        m = self_index.shape[-1] if queries is None else queries.shape[1]
-        if (self_index is not None) and candidates is not None:
-            _check_candidates(self_index, candidates, K, exclude_self)
-        args = (queries, keys, K, metric, self_index, exclude_self, candidates)
-        if m == 0 or not build.usable(queries, keys):
-            return _search_torch(*args, max_bytes)
-        return _search_native(*args)
-
-
-@_search.register_fake
-def _(queries, keys, K, metric, self_index, exclude_self, candidates, max_bytes):
-    m = self_index.shape[-1] if queries is None else queries.shape[1]
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Bring the tensors of a search into the types it works in, contiguous and on one device."""
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    shape = (keys.shape[0], m, K)
-    return keys.new_empty(shape, dtype=dtype), keys.new_empty(shape, dtype=torch.int64)
+    keys = keys.to(dtype).contiguous()
+    if self_index is not None:
+        self_index = self_index.to(keys.device, torch.int64).contiguous()
+    if candidates is not None:
+        candidates = candidates.to(keys.device, torch.int64).contiguous()
+    if queries is not None:
+        queries = queries.to(dtype).contiguous()
+    if self_index is not None and candidates is not None:
+        _check_candidates(self_index, candidates, K, exclude_self)
+    return queries, keys, self_index, candidates
 
 
 def _check_candidates(self_index: Tensor, candidates: Tensor, K: int, exclude_self: bool) -> None:
@@ -170,28 +160,21 @@ def _check_candidates(self_index: Tensor, candidates: Tensor, K: int, exclude_se
         )
 
 
-def _step(index: Tensor | None) -> int:
-    """How far apart the rows of two samples lie: 0 where they share one."""
-    return 0 if index is None or index.dim() == 1 else index.shape[-1]
-
-
-def _search_native(queries, keys, K, metric, self_index, exclude_self, candidates):
-    b, n, c = keys.shape
-    m = self_index.shape[-1] if queries is None else queries.shape[1]
-    values = keys.new_empty(b, m, K)
-    indices = keys.new_empty(b, m, K, dtype=torch.int64)
-    build.run(
-        build.library().nn_search,
-        *(queries, keys, b, m, n, c, K, METRICS.index(metric)),
-        *(self_index, _step(self_index), int(exclude_self)),
-        *(candidates, _step(candidates), n if candidates is None else candidates.shape[-1]),
-        *(values, indices),
-    )
-    return values, indices
-
-
-def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates, max_bytes):
+@without_autocast
+def search_torch(
+    queries: Tensor | None,
+    keys: Tensor,
+    K: int,
+    metric: str,
+    self_index: Tensor | None,
+    exclude_self: bool,
+    candidates: Tensor | None,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor]:
     """Search in pieces: whole samples, or a part of one sample's queries."""
+    queries, keys, self_index, candidates = prepare(
+        queries, keys, K, self_index, exclude_self, candidates
+    )
     b, n, c = keys.shape
     m = self_index.shape[-1] if queries is None else queries.shape[1]
     count = n if candidates is None else candidates.shape[-1]
@@ -204,7 +187,7 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
     own = own_keys = names = None
     if self_index is not None:
         own = self_index.expand(b, m)
-        own_keys = _rows(k, own) if queries is None or first else None
+        own_keys = take_rows(k, own) if queries is None or first else None
     if queries is None:
         q = own_keys
     else:
@@ -213,11 +196,8 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
         indices[..., 0] = own
     if candidates is not None:
         names = candidates.expand(b, count)
-        k = _rows(k, names)
-        if own is not None:  # where each query stands among the candidates; count: nowhere
-            places = names.new_full((b, n), count)
-            places.scatter_(1, names, torch.arange(count, device=k.device).expand_as(names))
-            own = places.gather(1, own)
+        k = take_rows(k, names)
+        own = None if own is None else _places(own, names, n)
     half_square = k.square().sum(-1)[:, None] / -2 if metric == "euclidean" else None
     # Rows of scores are laid out with the length their top-K likes best; what is added is -inf.
     block = block_size(count, K - first + 1)
@@ -233,16 +213,10 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
         if buffer is None:
             buffer = keys.new_full((*rows.shape[:2], width), -math.inf)
         table = buffer[: len(rows), : rows.shape[1]]
-        s = table[..., :count]
-        if half_square is not None:  # q·k - |k|²/2 ranks as the distance does
-            torch.baddbmm(half_square[samples], rows, k[samples].mT, out=s)
-        elif len(rows) == 1:
-            torch.mm(rows[0], k[samples.start].T, out=s[0])
-        else:
-            torch.bmm(rows, k[samples].mT, out=s)
+        _score(rows, k[samples], None if half_square is None else half_square[samples], table)
         if own is not None:
-            _mask_own(s, own[samples, part], candidates is not None)
-        v, j = best_of_rows(table.reshape(-1, width), K - first)
+            _mask_own(table[..., :count], own[samples, part], candidates is not None)
+        v, j = best_of_rows_torch(table.reshape(-1, width), K - first)
         v, j = v.view(*rows.shape[:2], -1), j.view(*rows.shape[:2], -1)
         if half_square is not None:
             v = (rows.square().sum(-1, keepdim=True) - 2 * v).clamp_(min=0)
@@ -251,6 +225,36 @@ def _search_torch(queries, keys, K, metric, self_index, exclude_self, candidates
         values[samples, part, first:] = v
         indices[samples, part, first:] = j
     return values, indices
+
+
+search_op = torch.library.custom_op("neighbors::search", search_torch, mutates_args=())
+
+
+@search_op.register_fake
+def _(queries, keys, K, metric, self_index, exclude_self, candidates, max_bytes):
+    m = self_index.shape[-1] if queries is None else queries.shape[1]
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    shape = (keys.shape[0], m, K)
+    return keys.new_empty(shape, dtype=dtype), keys.new_empty(shape, dtype=torch.int64)
+
+
+def _places(own: Tensor, names: Tensor, n: int) -> Tensor:
+    """Where each of n keys named by `own` (B, M) stands among the candidates; N' for nowhere."""
+    count = names.shape[1]
+    places = names.new_full((len(names), n), count)
+    places.scatter_(1, names, torch.arange(count, device=names.device).expand_as(names))
+    return places.gather(1, own)
+
+
+def _score(rows: Tensor, keys: Tensor, half_square: Tensor | None, table: Tensor) -> None:
+    """Write the scores of rows (B, M, C) and keys (B, N, C) into the first N columns of a table."""
+    s = table[..., : keys.shape[1]]
+    if half_square is not None:  # q·k - |k|²/2 ranks as the distance does
+        torch.baddbmm(half_square, rows, keys.mT, out=s)
+    elif len(rows) == 1:
+        torch.mm(rows[0], keys[0].T, out=s[0])
+    else:
+        torch.bmm(rows, keys.mT, out=s)
 
 
 def _mask_own(s: Tensor, own: Tensor, may_be_absent: bool) -> None:
@@ -268,13 +272,6 @@ def _pair_scores(a: Tensor, b: Tensor, metric: str) -> Tensor:
     if metric == "euclidean":
         return (a - b).square().sum(-1)
     return (a * b).sum(-1)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of each sample: (B, N, C), (B, M) -> (B, M, C)."""
-    b, n, c = x.shape
-    flat = index + torch.arange(b, device=x.device)[:, None] * n
-    return x.reshape(b * n, c).index_select(0, flat.reshape(-1)).view(b, -1, c)
 
 
 @register_flop_formula(torch.ops.neighbors.search)

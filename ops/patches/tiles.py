@@ -21,13 +21,14 @@ d) key blocks of a tile, (p, q) query patches and (u, v) key patches of a tile, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.budget import chunks
+from ops.budget import CHUNK_BYTES, pieces
 from ops.patches.grid import write_out
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
     "diagonal_sum",
     "distances_of_part",
     "patch_norms",
-    "tile_bytes",
     "tile_distances",
 ]
 
@@ -98,9 +98,23 @@ class WindowTiles:
         tile = torch.arange(self.count, device=device)
         self._r, self._c = tile // across.count, tile % across.count
 
-    def part(self, start: int, stop: int) -> TileIndices:
-        """Index tensors of tiles start … stop - 1."""
-        r, c = self._r[start:stop], self._c[start:stop]
+    def pieces(self, rows: Tensor, matrices: int) -> Iterator[tuple[slice, slice]]:
+        """Cut samples and tiles into pieces: of few enough products to stay within the budget.
+
+        Args:
+            rows: Rows of blocks (B, G, F) that are multiplied.
+            matrices: Products of a tile that are alive at a time.
+        """
+        more = self.ratio - 1
+        query = (self.query_shape[0] + more) * (self.query_shape[1] + more)
+        key = (self.key_shape[0] + more) * (self.key_shape[1] + more)
+        gathered = 0 if self.count == 1 else key * rows.shape[-1]
+        size = rows.element_size() * (matrices * query * key + gathered)
+        return pieces(len(rows), self.count, CHUNK_BYTES // size)
+
+    def part(self, some: slice) -> TileIndices:
+        """Index tensors of some tiles."""
+        r, c = self._r[some], self._c[some]
         down, across = self.axes
         more, cols = self.ratio - 1, self.grid[1]
         barred = down.barred[r][:, :, None, :, None] + across.barred[c][:, None, :, None]
@@ -270,15 +284,6 @@ def patch_norms(blocks: Tensor, grid: tuple[int, int], ratio: int) -> Tensor:
     return norms.flatten(1)
 
 
-def tile_bytes(tiles: WindowTiles, rows: Tensor, matrices: int) -> int:
-    """Bytes of `matrices` products of one tile of one sample, and of its gathered keys."""
-    more = tiles.ratio - 1
-    query = (tiles.query_shape[0] + more) * (tiles.query_shape[1] + more)
-    key = (tiles.key_shape[0] + more) * (tiles.key_shape[1] + more)
-    gathered = 0 if tiles.count == 1 else key * rows.shape[-1]
-    return rows.element_size() * (matrices * query * key + gathered)
-
-
 def distances_of_part(blocks: Tensor, norms: Tensor, part: TileIndices, ratio: int) -> Tensor:
     """Squared distances (B, T, p, q, u, v) of queries and keys of some tiles."""
     b = blocks.shape[0]
@@ -302,9 +307,9 @@ class _TileDistances(torch.autograd.Function):
         norms = patch_norms(blocks, tiles.grid, tiles.ratio)
         b = blocks.shape[0]
         out = blocks.new_empty(b, tiles.count, *tiles.query_shape, *tiles.key_shape)
-        for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2)):
-            part = tiles.part(i, j)
-            out[s, i:j] = distances_of_part(blocks[s], norms[s], part, tiles.ratio)
+        for s, some in tiles.pieces(blocks, 2):
+            part = tiles.part(some)
+            out[s, some] = distances_of_part(blocks[s], norms[s], part, tiles.ratio)
         return out
 
     @staticmethod
@@ -314,9 +319,9 @@ class _TileDistances(torch.autograd.Function):
         b, g, _ = blocks.shape
         out = torch.zeros_like(blocks)
         norms = blocks.new_zeros(b, tiles.grid[0] * tiles.grid[1])  # gradient of the squared norms
-        for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2)):
-            part = tiles.part(i, j)
-            here = grad[s, i:j]
+        for s, some in tiles.pieces(blocks, 2):
+            part = tiles.part(some)
+            here = grad[s, some]
             norms[s].index_add_(1, part.query.flatten(), here.sum((-1, -2)).flatten(1))
             norms[s].index_add_(1, part.key.flatten(), here.sum((2, 3)).flatten(1))
             spread = diagonal_spread(here.unsqueeze(-3), tiles.ratio)  # (B, T, a, b, 1, c, d)
@@ -379,8 +384,8 @@ class _AggregateTiles(torch.autograd.Function):
         out = blocks.new_zeros(b, g, k * f) if tiles.count > 1 else blocks.new_empty(b, g, k * f)
         ctx.spread = tiles.count == 1
         kept = [
-            aggregate_part(weights[s, i:j], blocks[s], tiles.part(i, j), tiles.ratio, out[s])
-            for s, i, j in chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * k))
+            aggregate_part(weights[s, some], blocks[s], tiles.part(some), tiles.ratio, out[s])
+            for s, some in tiles.pieces(blocks, 2 * k)
         ]
         # On a small grid they cost little more than the weights themselves.
         ctx.save_for_backward(blocks, *(kept if ctx.spread else [weights]))
@@ -399,9 +404,8 @@ class _AggregateTiles(torch.autograd.Function):
             grad_weights = blocks.new_empty(shape)
         if want_blocks:
             grad_blocks = torch.zeros_like(blocks)
-        parts = chunks(b, tiles.count, tile_bytes(tiles, blocks, 2 * k))
-        for number, (s, i, j) in enumerate(parts):
-            part = tiles.part(i, j)
+        for number, (s, some) in enumerate(tiles.pieces(blocks, 2 * k)):
+            part = tiles.part(some)
             t, n1, n2 = part.query_blocks.shape
             _, k1, k2 = part.key_blocks.shape
             here = part.take(grad[s].reshape(-1, g, k * f), part.query_blocks)
@@ -410,15 +414,15 @@ class _AggregateTiles(torch.autograd.Function):
                 if ctx.spread:
                     spread = kept[number]
                 else:
-                    spread = _spread_weights(kept[0][s, i:j], part, tiles.ratio)
+                    spread = _spread_weights(kept[0][s, some], part, tiles.ratio)
                 part.put(grad_blocks[s], part.key_blocks, spread.transpose(-1, -2) @ here)
                 del spread
             if want_weights:
                 products = here @ part.take(blocks[s], part.key_blocks).transpose(-1, -2)
                 products = products.view(-1, t, n1, n2, k, k1, k2)
-                diagonal_sum(products, tiles.ratio, grad_weights[s, i:j])
+                diagonal_sum(products, tiles.ratio, grad_weights[s, some])
                 if part.fresh is not None:
-                    grad_weights[s, i:j] *= part.fresh[..., None, None, None]
+                    grad_weights[s, some] *= part.fresh[..., None, None, None]
         return grad_weights, grad_blocks, None
 
 

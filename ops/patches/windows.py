@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.cpu import build
-from ops.cpu.build import window_kernels
 from ops.patches.grid import PatchGrid
 
 __all__ = ["Windows", "window_aggregate", "window_distances"]
@@ -46,7 +45,7 @@ class Windows:
     def usable(grid: PatchGrid, *tensors: Tensor) -> bool:
         """Tell whether there are kernels for these patches."""
         fits = grid.patch % grid.stride == 0 and grid.ratio <= _MAX_RATIO
-        return fits and window_kernels(*tensors) is not None
+        return fits and build.kernel("window_distances", *tensors) is not None
 
     def sizes(self, samples: int, channels: int, volumes: int) -> ctypes.Array:
         """Sizes in the order of the kernels."""
@@ -83,7 +82,7 @@ class Windows:
         b, c = images.shape[:2]
         out = images.new_empty(self.rows_shape(b, c))
         sizes = self._pack_sizes(b, c)
-        build.run(window_kernels().window_rows, sizes, images.contiguous(), out, 0)
+        build.kernel("window_rows")(sizes, images.contiguous(), out, 0)
         return out
 
     def from_rows(self, parts: Tensor, channels: int) -> Tensor:
@@ -91,7 +90,7 @@ class Windows:
         rows = parts.sum(0) if len(parts) > 1 else parts[0]
         b = len(rows)
         out = rows.new_empty(b, channels, *self.grid.padded)
-        build.run(window_kernels().window_rows, self._pack_sizes(b, channels), out, rows, 1)
+        build.kernel("window_rows")(self._pack_sizes(b, channels), out, rows, 1)
         return out
 
     def columns(self, images: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ class Windows:
         out, slack = flat[: images.numel()], flat[images.numel() :]
         slack.zero_()
         sizes = self._pack_sizes(b, c)
-        build.run(window_kernels().window_columns, sizes, images.contiguous(), out)
+        build.kernel("window_columns")(sizes, images.contiguous(), out)
         return out.view(b, self.blocks[0], -1, self.blocks[1])
 
     def parts(self, samples: int) -> int:
@@ -116,7 +115,7 @@ class Windows:
         norms = F.avg_pool2d(columns.square().sum(2), grid.ratio, 1, divisor_override=1)
         out = columns.new_empty(b, (end - begin) * grid.cols, math.prod(self.size))
         sizes = self.sizes(b, features // grid.stride**2, 1)
-        build.run(window_kernels().window_distances, sizes, columns, norms, out, begin, end)
+        build.kernel("window_distances")(sizes, columns, norms, out, begin, end)
         return out
 
     def aggregate(
@@ -139,8 +138,8 @@ class Windows:
         """
         b, _, volumes, _ = weights.shape
         sizes = self.sizes(b, out.shape[1] // volumes, volumes)
-        lib = window_kernels()
-        build.run(lib.window_aggregate, sizes, rows, weights, out, *patches, *blocks)
+        native = build.kernel("window_aggregate")
+        native(sizes, rows, weights, out, *patches, *blocks)
 
 
 class _WindowDistances(torch.autograd.Function):
@@ -159,8 +158,8 @@ class _WindowDistances(torch.autograd.Function):
         b, c = images.shape[:2]
         rows = windows.rows(images)
         out = rows.new_zeros(windows.parts(b), *rows.shape)
-        kernel = window_kernels().window_distances_backward
-        build.run(kernel, windows.sizes(b, c, 1), rows, grad.contiguous(), out, len(out))
+        native = build.kernel("window_distances_backward")
+        native(windows.sizes(b, c, 1), rows, grad.contiguous(), out, len(out))
         return windows.from_rows(out, c), None
 
 
@@ -200,7 +199,7 @@ class _WindowAggregate(torch.autograd.Function):
             grad_rows = images.new_zeros(parts, *windows.rows_shape(b, c))
         sizes = windows.sizes(b, c, weights.shape[2])
         tensors = (windows.columns(images), weights, grad.contiguous(), grad_weights, grad_rows)
-        build.run(window_kernels().window_aggregate_backward, sizes, *tensors, parts)
+        build.kernel("window_aggregate_backward")(sizes, *tensors, parts)
         grad_images = windows.from_rows(grad_rows, c) if want_images else None
         return grad_weights, grad_images, None
 

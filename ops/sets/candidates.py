@@ -8,14 +8,20 @@ Symbols: B batch, M queries, N items, O candidates of a query, K volumes, E feat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from ops.budget import CHUNK_BYTES
+from ops.budget import CHUNK_BYTES, pieces
+from ops.rows import add_rows, take_rows
 
 __all__ = ["candidate_aggregate", "candidate_distances"]
+
+
+def _query_pieces(index: Tensor, items: Tensor) -> list[slice]:
+    """Slices of queries whose gathered candidates stay within the byte budget."""
+    b, m, o = index.shape
+    step = CHUNK_BYTES // (b * o * items.shape[-1] * items.element_size())
+    return [part for _, part in pieces(1, m, step)]
 
 
 class _CandidateDistances(torch.autograd.Function):
@@ -25,8 +31,8 @@ class _CandidateDistances(torch.autograd.Function):
     def forward(ctx, query: Tensor, items: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(query, items, index)
         out = query.new_empty(index.shape)
-        for s in _query_chunks(index, items):
-            keys = _take_items(items, index[:, s])  # (B, m, O, E)
+        for s in _query_pieces(index, items):
+            keys = take_rows(items, index[:, s])  # (B, m, O, E)
             products = torch.matmul(keys, query[:, s, :, None])[..., 0]
             norms = keys.square().sum(-1) + query[:, s].square().sum(-1, keepdim=True)
             out[:, s] = (norms - 2 * products).clamp_(min=0)
@@ -36,11 +42,11 @@ class _CandidateDistances(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         query, items, index = ctx.saved_tensors
         grad_query, grad_items = torch.empty_like(query), torch.zeros_like(items)
-        for s in _query_chunks(index, items):
-            steps = query[:, s, None] - _take_items(items, index[:, s])
+        for s in _query_pieces(index, items):
+            steps = query[:, s, None] - take_rows(items, index[:, s])
             steps *= 2 * grad[:, s, :, None]
             grad_query[:, s] = steps.sum(2)
-            _add_items(grad_items, index[:, s], -steps)
+            add_rows(grad_items, index[:, s], -steps)
         return grad_query, grad_items, None
 
 
@@ -52,39 +58,19 @@ class _CandidateAggregate(torch.autograd.Function):
         ctx.save_for_backward(weights, items, index)
         b, m, k, _ = weights.shape
         out = items.new_empty(b, m, k, items.shape[-1])
-        for s in _query_chunks(index, items):
-            out[:, s] = weights[:, s] @ _take_items(items, index[:, s])
+        for s in _query_pieces(index, items):
+            out[:, s] = weights[:, s] @ take_rows(items, index[:, s])
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, items, index = ctx.saved_tensors
         grad_weights, grad_items = torch.empty_like(weights), torch.zeros_like(items)
-        for s in _query_chunks(index, items):
-            keys = _take_items(items, index[:, s])
+        for s in _query_pieces(index, items):
+            keys = take_rows(items, index[:, s])
             grad_weights[:, s] = grad[:, s] @ keys.transpose(-1, -2)
-            _add_items(grad_items, index[:, s], weights[:, s].transpose(-1, -2) @ grad[:, s])
+            add_rows(grad_items, index[:, s], weights[:, s].transpose(-1, -2) @ grad[:, s])
         return grad_weights, grad_items, None
-
-
-def _query_chunks(index: Tensor, items: Tensor) -> Iterator[slice]:
-    """Slices of queries whose gathered candidates stay within the byte budget."""
-    b, m, o = index.shape
-    step = max(1, CHUNK_BYTES // (b * o * items.shape[-1] * items.element_size()))
-    return (slice(i, min(i + step, m)) for i in range(0, m, step))
-
-
-def _take_items(items: Tensor, index: Tensor) -> Tensor:
-    """Items (B, N, E) at positions (B, m, O) -> (B, m, O, E)."""
-    batch = torch.arange(items.shape[0], device=items.device)[:, None, None]
-    return items[batch, index]
-
-
-def _add_items(out: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add values (B, m, O, E) to rows of `out` (B, N, E)."""
-    b, n, e = out.shape
-    offset = torch.arange(b, device=out.device)[:, None, None] * n
-    out.view(-1, e).index_add_(0, (index + offset).flatten(), values.reshape(-1, e))
 
 
 def candidate_distances(query: Tensor, items: Tensor, index: Tensor) -> Tensor:

@@ -11,17 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import METRICS
 from ops.cpu import build
-from ops.sets.keys import (
-    BYTES,
-    METRICS,
-    TYPE_CODES,
-    Keys,
-    OutOfRange,
-    center,
-    check_state,
-    normalize,
-)
+from ops.cpu.build import OutOfRange
+from ops.sets.keys import BYTES, TYPE_CODES, Keys, center, normalize
+from ops.topk import two_stage_topk
 
 __all__ = ["int_mm_pays", "search_torch"]
 
@@ -204,45 +198,40 @@ def _shortlist(
     labels = torch.zeros(m, length, dtype=torch.int64, device=device)
     error = torch.zeros(m, dtype=torch.float64, device=device)
     shift = torch.zeros(m, dtype=torch.float64, device=device)
-    library = build.exact_search_helpers() if mode == "float32" and device.type == "cpu" else None
-    products = torch.empty(rows, size) if library is not None else None
+    native = build.kernel("es_select") if mode == "float32" and device.type == "cpu" else None
+    products = torch.empty(rows, size) if native is not None else None
     for start, key_rows in keys.chunks(size):
         y = _LowPrecision(key_rows, mean, metric, mode)
         for first in range(0, m, rows):
             part = slice(first, first + rows)
-            if library is not None:
+            if native is not None:
                 some = x.part(part)
                 tile_rows, count = len(some.low), len(key_rows)
                 out = products.view(-1)[: tile_rows * count].view(tile_rows, count)
                 torch.mm(some.low, y.low.T, out=out)
                 bias, factor, bound, shift[part] = _bound(some, y, mean, metric, mode)
-                bias = bias.float().contiguous()
                 error[part] = torch.maximum(error[part], bound)
-                state = library.es_select(
-                    out.data_ptr(),
-                    tile_rows,
-                    count,
-                    count,
-                    bias.data_ptr(),
-                    factor,
-                    start,
-                    values[part].data_ptr(),
-                    labels[part].data_ptr(),
-                    length,
-                    torch.get_num_threads(),
+                best = (values[part], labels[part], length)
+                native(
+                    out, tile_rows, count, count, bias.float().contiguous(), factor, start, *best
                 )
-                check_state(state)
                 continue
             costs, bound, shift[part] = _approximate(x.part(part), y, mean, metric, mode)
             error[part] = torch.maximum(error[part], bound)
-            new, local = _smallest(costs, min(length, len(key_rows)))
-            if start == 0:
-                values[part, : new.shape[1]], labels[part, : new.shape[1]] = new, local
-                continue
-            merged = torch.cat([values[part], new], 1)
-            values[part], order = merged.topk(length, dim=1, largest=False, sorted=False)
-            labels[part] = torch.cat([labels[part], local + start], 1).gather(1, order)
+            _keep_smallest(costs, start, values[part], labels[part])
     return values, labels, error, shift
+
+
+def _keep_smallest(costs: Tensor, start: int, values: Tensor, labels: Tensor) -> None:
+    """Count costs (M, N) of the keys from number `start` on in the shortlist (M, L)."""
+    length = values.shape[1]
+    new, local = _smallest(costs, min(length, costs.shape[1]))
+    if start == 0:
+        values[:, : new.shape[1]], labels[:, : new.shape[1]] = new, local
+        return
+    merged, order = torch.cat([values, new], 1).topk(length, dim=1, largest=False, sorted=False)
+    values.copy_(merged)
+    labels.copy_(torch.cat([labels, local + start], 1).gather(1, order))
 
 
 def _int8_products(x: Tensor, y: Tensor) -> Tensor:
@@ -298,23 +287,11 @@ def _bound(
 
 
 def _smallest(costs: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Return the K smallest entries of every row of (M, N), ascending.
-
-    On the CPU the columns are first reduced to groups by their minimum, a fast pass over memory:
-    the K smallest entries lie in the K groups with the smallest minima.
-    """
-    m, n = costs.shape
+    """Return the K smallest entries of every row of (M, N), ascending, equal ones in any order."""
     group = 32
-    width = n // group
-    if costs.device.type != "cpu" or width < 2 * K:
-        return costs.topk(K, dim=1, largest=False)
-    minima = costs[:, : width * group].view(m, group, width).amin(1)
-    columns = minima.topk(K, dim=1, largest=False, sorted=False).indices
-    members = columns[:, :, None] + width * torch.arange(group, device=costs.device)
-    rest = torch.arange(width * group, n, device=costs.device).expand(m, -1)
-    members = torch.cat([members.flatten(1), rest], 1)
-    values, order = costs.gather(1, members).topk(K, dim=1, largest=False)
-    return values, members.gather(1, order)
+    if costs.device.type == "cpu" and costs.shape[1] // group >= 2 * K:
+        return two_stage_topk(costs, K, False, group)
+    return costs.topk(K, dim=1, largest=False)
 
 
 def _exact_costs(
@@ -322,25 +299,13 @@ def _exact_costs(
 ) -> Tensor:
     """Evaluate costs in float64: queries (M, D), labels (M, L) of keys -> (M, L)."""
     m, length = labels.shape
-    library = (
-        build.exact_search_helpers() if queries.device.type == "cpu" and not keys.copies else None
-    )
-    if library is not None:
+    in_place = queries.device.type == "cpu" and not keys.copies
+    native = build.kernel("es_costs") if in_place else None
+    if native is not None:
         out = torch.empty(m, length, dtype=torch.float64)
-        labels = labels.contiguous()
-        state = library.es_costs(
-            queries.data_ptr(),
-            TYPE_CODES[keys.dtype],
-            m,
-            queries.shape[1],
-            keys.data.data_ptr(),
-            labels.data_ptr(),
-            length,
-            METRICS.index(metric),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        check_state(state)
+        kind, metric_code = TYPE_CODES[keys.dtype], METRICS.index(metric)
+        named = (keys.data, labels.contiguous(), length)
+        native(queries, kind, m, queries.shape[1], *named, metric_code, out)
         keys.release()
         return out
     step = max(1, max_bytes // (64 * queries.shape[1] * length))

@@ -21,24 +21,22 @@ Symbols: M queries, N keys, D features, K neighbors. The cost of a pair is its s
 minus its similarity: smaller is better.
 """
 
-import ctypes
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ops import METRICS
 from ops.cpu import build
+from ops.cpu.build import OutOfRange
 from ops.sets import certified
 from ops.sets.keys import (
     BYTES,
-    METRICS,
     TYPE_CODES,
     Keys,
-    OutOfRange,
     as_tensor,
     center,
-    check_state,
     common_dtype,
 )
 
@@ -133,10 +131,9 @@ class ExactIndex:
         """Try the fastest way first: costs (M, K) float64 and indices (M, K)."""
         on_cpu = queries.device.type == "cpu"
         if self.precision == "auto" and on_cpu and queries.shape[1] <= 8192:
-            library = build.exact_search_library()
-            if library is not None:
+            if eight_bits():
                 try:
-                    found = self._search_compiled(library, queries, keys, K)
+                    found = self._search_compiled(queries, keys, K)
                     if found is not None:
                         return found
                 except OutOfRange:
@@ -165,43 +162,40 @@ class ExactIndex:
         )
         return costs, indices
 
-    def _search_compiled(
-        self, library: ctypes.CDLL, queries: Tensor, keys: Keys, K: int
-    ) -> tuple[Tensor, Tensor] | None:
+    def _search_compiled(self, queries: Tensor, keys: Keys, K: int) -> tuple[Tensor, Tensor] | None:
         """Search with 8-bit products in compiled code; None where the bound does not help."""
         m, d = queries.shape
         exact = keys.dtype in BYTES and self.metric != "cosine"
         mean = center(keys, self.metric).float().contiguous()
         kind, metric = TYPE_CODES[keys.dtype], METRICS.index(self.metric)
-        threads = torch.get_num_threads()
+        scan, free = build.kernel("es_scan"), build.kernel("es_free")
 
         def begin(rows: Tensor) -> int:
-            handle = library.es_new(
-                rows.data_ptr(), kind, len(rows), d, K, metric, exact, mean.data_ptr(), threads
-            )
+            new = build.kernel("es_new")
+            handle = new(rows, kind, len(rows), d, K, metric, exact, mean)
             if not handle:
                 raise OutOfRange
             return handle
 
         handle = begin(queries)
         try:
-            for start, rows, packed, meta in self._packed_chunks(library, keys, mean, exact):
-                arguments = (packed.data_ptr(), meta.data_ptr(), rows.data_ptr(), len(rows), start)
+            for start, rows, packed, meta in self._packed_chunks(keys, mean, exact):
+                arguments = (packed, meta, rows, len(rows), start)
                 if start == 0 and not exact and m >= 1024:
                     # A few queries tell whether 8 bits separate these keys at all.
                     some = queries[:: m // 64][:64].contiguous()
                     probe = begin(some)
-                    check_state(library.es_scan(probe, *arguments))
-                    evaluated = library.es_evaluated(probe) / len(some)
-                    library.es_free(probe)
+                    scan(probe, *arguments)
+                    evaluated = build.kernel("es_evaluated")(probe) / len(some)
+                    free(probe)
                     if evaluated > max(256, 8 * K, len(rows) / 24):
                         return None
-                check_state(library.es_scan(handle, *arguments))
+                scan(handle, *arguments)
             costs = torch.empty(m, K, dtype=torch.float64)
             indices = torch.empty(m, K, dtype=torch.int64)
-            library.es_finish(handle, costs.data_ptr(), indices.data_ptr())
+            build.kernel("es_finish")(handle, costs, indices)
         finally:
-            library.es_free(handle)
+            free(handle)
         self.path = (
             "8-bit integer products, exact"
             if exact
@@ -210,11 +204,11 @@ class ExactIndex:
         return costs, indices
 
     def _packed_chunks(
-        self, library: ctypes.CDLL, keys: Keys, mean: Tensor, exact: bool
+        self, keys: Keys, mean: Tensor, exact: bool
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Yield (start, rows, packed, meta); what fits the budget is kept for the next search."""
         n, d = keys.data.shape
-        panel, width = library.es_panel(), library.es_meta()
+        panel, width = build.kernel("es_panel")(), build.kernel("es_meta")()
         padded = (d + 3) // 4 * 4
         key_bytes = padded + 4 * width // panel + 1
         kept = self._packed.get((keys.dtype, exact))
@@ -237,22 +231,17 @@ class ExactIndex:
                 packed = torch.empty(panels * padded * panel, dtype=torch.uint8)
                 meta = torch.empty(panels * width)
                 new.append((start, start + len(rows), packed, meta))
-            state = library.es_pack(
-                rows.data_ptr(),
-                kind,
-                len(rows),
-                d,
-                metric,
-                exact,
-                mean.data_ptr(),
-                packed.data_ptr(),
-                meta.data_ptr(),
-                torch.get_num_threads(),
-            )
-            check_state(state)
+            pack = build.kernel("es_pack")
+            pack(rows, kind, len(rows), d, metric, exact, mean, packed, meta)
             yield start, rows, packed, meta
         if keep:
             self._packed[keys.dtype, exact] = new
+
+
+def eight_bits() -> bool:
+    """Whether there is compiled code here, and a processor with fast 8-bit products."""
+    supported = build.kernel("es_supported")
+    return supported is not None and bool(supported())
 
 
 def exact_search(

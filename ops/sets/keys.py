@@ -13,25 +13,17 @@ from torch import Tensor
 
 __all__ = [
     "BYTES",
-    "METRICS",
     "TYPE_CODES",
     "Keys",
-    "OutOfRange",
     "as_tensor",
     "center",
-    "check_state",
     "common_dtype",
     "normalize",
 ]
 
-METRICS = ("euclidean", "dot", "cosine")
 TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.uint8: 2, torch.int8: 3}
 BYTES = (torch.uint8, torch.int8)
 _SAMPLE_ROWS = 4096  # rows whose mean is taken to center the data
-
-
-class OutOfRange(Exception):
-    """The numbers do not fit the arithmetic of a path; a wider one is tried."""
 
 
 class Keys:
@@ -132,11 +124,3 @@ def center(keys: Keys, metric: str) -> Tensor:
     if not mean.abs().max() < 1e30:  # NaN, infinity, or beyond float32
         return torch.zeros_like(mean)
     return mean.float().double()
-
-
-def check_state(state: int) -> None:
-    """Raise what a state other than 0 of a compiled function means."""
-    if state == 1:
-        raise OutOfRange
-    if state:
-        raise MemoryError(f"the compiled search ran out of memory or threads (state {state})")

@@ -255,12 +255,6 @@ def test_memory_runs_out(monkeypatch):
     torch.testing.assert_close(layer(x[:50]), before, rtol=0, atol=0)
 
 
-def test_memory_check_knows_this_machine():
-    with pytest.raises(MemoryError, match="bytes needed"):
-        dynamic.check_memory(1 << 60, torch.device("cpu"))
-    dynamic.check_memory(1, torch.device("cpu"))
-
-
 def test_keep_and_moves():
     x, y = blobs(100)
     layer = DynamicNeighbors(num_features=20, num_classes=4).double()

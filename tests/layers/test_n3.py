@@ -1,14 +1,10 @@
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_layers import autograd_rounds
 
 from layers.n3 import ConcreteBlock, KNNBlock, N3Aggregation, N3Aggregation2d, N3Block
-from layers.selection import HardNeighbors, NeuralNearestNeighbors
-from ops.patches.grid import PatchGrid
-from ops.patches.tiles import WindowTiles, diagonal_spread, diagonal_sum
-from ops.relax import relaxed_selection
+from layers.selection import NeuralNearestNeighbors
 
 close = torch.testing.assert_close
 
@@ -16,106 +12,6 @@ close = torch.testing.assert_close
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def slow_rounds(logits, K, saturation=2.0**-53):
-    """The formulas, number by number, in Python's float64."""
-    out = []
-    for row in logits.double().tolist():
-        alpha, volumes = list(row), []
-        for _ in range(K):
-            top = max(alpha)
-            e = [math.exp(a - top) if a > -math.inf else 0.0 for a in alpha]
-            w = [x / sum(e) for x in e]
-            volumes.append(w)
-            for i, a in enumerate(alpha):
-                left = sum(x for j, x in enumerate(e) if j != i) / sum(e)  # 1 - w_i
-                alpha[i] = a + math.log(left) if left > saturation and a > -math.inf else -math.inf
-        out.append(volumes)
-    return torch.tensor(out, dtype=torch.float64)
-
-
-TEMPERATURES = [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0]
-
-
-@pytest.mark.parametrize("t", TEMPERATURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rounds_match_slow_loop(t, dtype):
-    logits = (-torch.rand(12, 20, dtype=dtype) / t).to(dtype)
-    logits[:3, 4] = -torch.inf
-    want = slow_rounds(logits, 5)
-    tolerance = 2e-4 if dtype == torch.float32 else 1e-9
-    close(relaxed_selection(logits, 5).double(), want, rtol=0, atol=tolerance)
-
-
-def test_both_ways_through_the_rounds_agree():
-    for t in (0.02, 0.1, 1.0):
-        logits = -torch.rand(300, 40) / t
-        by_logs = relaxed_selection(logits.double(), 7).float()  # float64 takes the logarithms
-        close(relaxed_selection(logits, 7), by_logs, rtol=0, atol=2e-4)
-
-
-def autograd_rounds(logits, K):
-    alpha, out = logits, []
-    for _ in range(K):
-        w = torch.softmax(alpha, -1)
-        out.append(w)
-        alpha = alpha + torch.log1p(-w)
-    return torch.stack(out, -2)
-
-
-@pytest.mark.parametrize("t", [0.05, 0.1, 1.0, 10.0])
-def test_gradient_matches_autograd_of_the_formulas(t):
-    logits = (-torch.rand(30, 20, dtype=torch.float64) / t).requires_grad_()
-    seed = torch.randn(30, 4, 20, dtype=torch.float64)
-    (want,) = torch.autograd.grad(autograd_rounds(logits, 4), logits, seed)
-    (got,) = torch.autograd.grad(relaxed_selection(logits, 4), logits, seed)
-    close(got, want, rtol=1e-5, atol=1e-8)
-    narrow = logits.detach().float().requires_grad_()
-    (got,) = torch.autograd.grad(relaxed_selection(narrow, 4), narrow, seed.float())
-    close(got.double(), want, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("t", TEMPERATURES)
-def test_gradcheck(t):
-    distances = torch.rand(3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda d: relaxed_selection(-d / t, 3), distances, eps=1e-9 if t < 0.01 else 1e-6, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cold_limit_is_hard_choice(dtype):
-    distances = torch.stack([torch.randperm(30) for _ in range(8)]).to(dtype)
-    hard = HardNeighbors(7)(distances)
-    close(relaxed_selection(-distances / 1e-4, 7), hard, rtol=0, atol=1e-6)
-    close(hard.argmax(-1), distances.argsort(-1)[:, :7])
-
-
-@pytest.mark.parametrize("saturation", [2.0**-53, 2.0**-24])
-def test_no_nan_with_duplicates_and_domination(saturation):
-    rows = torch.rand(6, 9) * 3
-    rows[0] = 1.0  # all alike
-    rows[1, :3] = 0.0  # ties at the top
-    rows[2] = 1e4
-    rows[2, 4] = 0.0  # one dominates
-    rows[3] = torch.arange(9.0) * 25  # every weight rounds to 1 in float32
-    rows[4] = torch.arange(9.0) * 1e6
-    logits = (-rows).requires_grad_()
-    weights = relaxed_selection(logits, 9, saturation)
-    assert weights.isfinite().all()
-    close(weights.sum(-1), torch.ones(6, 9), rtol=0, atol=1e-5)
-    (weights * torch.randn_like(weights)).sum().backward()
-    assert logits.grad.isfinite().all()
-    assert logits.grad.abs().max() < 1e3
-
-
-def test_saturation_of_plain_float32_removes_outright():
-    logits = torch.tensor([[0.0, -20.0, -21.0]])
-    kept = relaxed_selection(logits, 2)
-    gone = relaxed_selection(logits, 2, saturation=2.0**-24)
-    assert 0.4 < kept[0, 1, 0] < 0.6  # mass 1 - w of the first is what the others have together
-    assert gone[0, 1, 0] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -131,29 +27,6 @@ def test_autocast_keeps_selection_in_float32(dtype):
     assert x.grad.isfinite().all()
     flat = block(torch.zeros(1, 2, 40, 45))  # all patches alike
     assert flat.isfinite().all()
-
-
-def test_scale_of_distances():
-    nnn = NeuralNearestNeighbors(3)
-    distances = torch.rand(4, 6, 9)
-    log_temp = torch.randn(4, 6)
-    got = nnn(distances, log_temp)
-    scaled = F.batch_norm(-distances.reshape(1, 1, -1), None, None, training=True).view_as(
-        distances
-    )
-    want = relaxed_selection(scaled / (log_temp.exp() * 0.1)[..., None], 3)
-    close(got, want, rtol=1e-4, atol=1e-5)
-    close(nnn.bn.running_mean, -0.1 * distances.mean()[None])
-    close(nnn.bn.running_var, 0.9 + 0.1 * distances.var()[None])
-    nnn.eval()
-    var = nnn.bn.running_var + nnn.bn.eps
-    want = relaxed_selection(-distances / var.sqrt() / (log_temp.exp() * 0.1)[..., None], 3)
-    close(nnn(distances, log_temp), want, rtol=1e-4, atol=1e-5)
-    nnn.train()(distances, log_temp).square().sum().backward()
-    assert nnn.bn.bias.grad is not None
-    learned = NeuralNearestNeighbors(2, temperature="learned", temp_bias=0, distance_bn=False)
-    assert [n for n, _ in learned.named_parameters()] == ["log_temp"]
-    close(learned(distances), relaxed_selection(-distances, 2))
 
 
 def slow_block(block, x, features, log_temp):
@@ -361,37 +234,6 @@ def test_state_dict_round_trip_and_compile():
     )
 
 
-@pytest.mark.parametrize("ratio", [1, 2, 3])
-def test_spread_is_the_adjoint_of_sum(ratio):
-    x = torch.randn(2, 5, 6, 3, 7, 8, dtype=torch.float64)
-    y = diagonal_sum(x, ratio)
-    g = torch.randn_like(y)
-    close((y * g).sum(), (x * diagonal_spread(g, ratio)).sum())
-
-
-@pytest.mark.parametrize(("rows", "cols"), [(15, 15), (3, 40), (23, 53)])
-def test_tiles_cover_every_query_and_its_window_once(rows, cols):
-    tiles = WindowTiles(rows, cols, 7, 2, torch.device("cpu"))
-    part = tiles.part(0, tiles.count)
-    fresh = torch.ones_like(part.query) if part.fresh is None else part.fresh
-    seen = torch.zeros(rows * cols).index_add_(0, part.query.flatten(), fresh.float().flatten())
-    assert (seen == 1).all()
-    assert ((part.barred == 0).flatten(3).sum(3) == min(7, rows) * min(7, cols) - 1).all()
-
-
-def test_grid_covers_every_pixel():
-    for side in (5, 10, 11, 80, 256, 321, 481, 512):
-        grid = PatchGrid(side, side + 3)
-        for size, n in zip(grid.padded, (grid.rows, grid.cols), strict=True):
-            assert (n - 1) * 5 + 10 == size
-        x = torch.rand(1, 2, side, side + 3)
-        blocks = grid.to_blocks(grid.pad(x))
-        summed = blocks * grid.counts(x.device, x.dtype)[:, None]
-        close(grid.from_blocks(summed[:, :, None], 2), x)
-    assert PatchGrid(321, 481).pads == (2, 2, 2, 2)
-    assert PatchGrid(512, 512).pads == (1, 2, 1, 2)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -402,7 +244,6 @@ def test_grid_covers_every_pixel():
         (lambda: N3Block(pad_mode="wrap"), "pad_mode must be"),
         (lambda: N3Block(temp_pool="max"), "temp_pool must be"),
         (lambda: N3Block(temperature="hot"), "temperature must be"),
-        (lambda: relaxed_selection(torch.rand(2, 3), 4), "K = 4 neighbors asked of 3"),
         (lambda: KNNBlock()(torch.rand(1, 1, 10, 20)), "K = 7 neighbors asked of 2 candidates"),
     ],
 )
@@ -452,11 +293,3 @@ def test_tiny_weights_count_as_nothing_in_the_kernels_alone():
     layer(x, 2 * x).sum().backward()  # distances of hundreds at a temperature of 0.1
     assert x.grad.isfinite().all()
     assert (torch.tensor([1e-40]) * 1.0).item() > 0  # elsewhere they are what they were
-
-
-def test_rounds_without_compiled_kernels(monkeypatch):
-    monkeypatch.setenv("NEIGHBORS_NATIVE", "0")
-    for t in (1e-4, 0.05, 1.0):
-        test_rounds_match_slow_loop(t, torch.float32)
-    test_gradient_matches_autograd_of_the_formulas(0.1)
-    test_no_nan_with_duplicates_and_domination(2.0**-53)

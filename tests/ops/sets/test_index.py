@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from ops import METRICS
 from ops.cpu import build
 from ops.sets import certified
+from ops.sets import index as module
 from ops.sets.index import ExactIndex, exact_search
-from ops.sets.keys import METRICS
-from ops.sets.merge import merge_neighbors
 
 PATHS = ("compiled", "int8", "float32", "plain float32", "float64")
 
@@ -19,13 +19,13 @@ def take(monkeypatch):
 
     def choose(path):
         if path == "compiled":
-            if build.exact_search_library() is None:
+            if not module.eight_bits():
                 pytest.skip("no compiler, or no processor with fast 8-bit products")
             return
-        monkeypatch.setattr(build, "exact_search_library", lambda: None)
+        monkeypatch.setattr(module, "eight_bits", lambda: False)
         monkeypatch.setattr(certified, "int_mm_pays", lambda: path == "int8")
         if path != "float32":
-            monkeypatch.setattr(build, "exact_search_helpers", lambda: None)
+            monkeypatch.setattr(build, "kernel", lambda *_: None)
         if path == "float64":
             search = certified.search_torch
             monkeypatch.setattr(certified, "search_torch", lambda *a: search(*a[:-1], "float64"))
@@ -235,7 +235,7 @@ def test_an_index_is_searched_again():
 
 
 def test_data_that_eight_bits_do_not_separate_fall_back(monkeypatch):
-    if build.exact_search_library() is None:
+    if not module.eight_bits():
         pytest.skip("no compiled search")
     generator = torch.Generator().manual_seed(9)
     keys = 100 * torch.randn(2, 12, generator=generator)
@@ -288,7 +288,7 @@ def test_numbers_must_be_finite(path, bad, take):
     [
         ({"K": 0}, r"K must lie in 1 … 6, the number of keys \(got 0\)"),
         ({"K": 7}, r"K must lie in 1 … 6, the number of keys \(got 7\)"),
-        ({"metric": "l1"}, "metric must be one of euclidean, dot, cosine"),
+        ({"metric": "l1"}, "metric must be one of cosine, euclidean, dot"),
         ({"precision": "half"}, "precision must be one of auto, float32"),
         ({"queries": torch.zeros(2, 5)}, r"queries must be \(M, 3\) like the keys, got \(2, 5\)"),
         ({"keys": torch.zeros(0, 3)}, r"keys must be \(N, D\), not empty"),
@@ -298,14 +298,3 @@ def test_bad_arguments(arguments, words):
     defaults = {"queries": torch.zeros(2, 3), "keys": torch.zeros(6, 3), "K": 1}
     with pytest.raises(ValueError, match=words):
         exact_search(**(defaults | arguments))
-
-
-def test_merge_keeps_the_best_and_the_lower_index():
-    values = torch.tensor([[1.0, 3.0, 1.0, 2.0, 9.0]])
-    indices = torch.tensor([[7, 2, 4, 0, -1]])
-    near, where = merge_neighbors(values, indices, 3, "euclidean")
-    assert near.tolist() == [[1, 1, 2]]
-    assert where.tolist() == [[4, 7, 0]]
-    far, where = merge_neighbors(values, indices, 3, "dot")
-    assert far.tolist() == [[3, 2, 1]]
-    assert where.tolist() == [[2, 0, 4]]

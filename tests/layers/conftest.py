@@ -1,0 +1,1 @@
+from kernel_paths import one_thread, path  # noqa: F401  fixtures
