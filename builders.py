@@ -15,6 +15,7 @@ from torch import nn
 from dataset import Data, DataError, DataOptions, image_side
 from layers import LAYERS
 from models import MODELS, PRESETS, model_class
+from ops.flops import register_flop_formulas
 from options import Option, Options, merge_options, option
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
@@ -381,4 +382,5 @@ def describe(
     """Describe the model, by a forward pass of a blank sample where it learns by gradient."""
     if not trainer_type.rehearses:
         return f"{model}\n"
+    register_flop_formulas()
     return describe_model(model, torch.zeros(1, *data.sample_shape, device=device))

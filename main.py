@@ -148,7 +148,7 @@ def parse_arguments(
                 f"--output_dir {base} already holds a run. Add --resume to go on with it, "
                 "--test_only to evaluate it, --overwrite to replace it, or name another folder."
             )
-    return values, given | set(former), checkpoint
+    return values, given, checkpoint
 
 
 def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, Any]:

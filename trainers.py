@@ -215,8 +215,7 @@ class Trainer:
         average = sum(row["seconds"] for row in progress.times) / len(progress.times)
         lines = [
             f"Average Epoch Time: {average:.4f}s",
-            f"Max {self.task.headline_name}: {progress.best_value:.4f}{self.task.headline_unit} "
-            f"at Epoch {progress.best_epoch}",
+            self.best_line(progress.best_value, f"Epoch {progress.best_epoch}"),
         ]
         if held_out is None:
             lines.append(
@@ -228,6 +227,12 @@ class Trainer:
     def finish(self, data: Any, run: RunFolder, evaluate: Any) -> tuple[dict[str, Any], list[str]]:
         """End a run: return results for the caller, and lines."""
         return {}, []
+
+    def best_line(self, value: float, where: str) -> str:
+        """Word the best value of the headline metric."""
+        task = self.task
+        best = "Max" if task.higher_is_better else "Min"
+        return f"{best} {task.headline_name}: {value:.4f}{task.headline_unit} at {where}"
 
     @property
     def unsaved(self) -> str | None:
@@ -799,15 +804,13 @@ class MemoryTrainer(Trainer):
         judge = next(iter(self.reports))  # the test set only if there is nothing else
         headline = self.task.headline
         values = {K: self.reports[judge].metrics[K][headline] for K in model.K}
-        model.chosen = max(model.K, key=lambda K: (values[K], -K))
+        sign = 1 if self.task.higher_is_better else -1
+        model.chosen = max(model.K, key=lambda K: (sign * values[K], -K))
 
         lines = self.task.neighbor_lines(model, self.reports)
         stored = f"Stored {len(model.labels)} training samples in {trained.seconds:.4f}s."
         lines[0] = f"{stored} {lines[0]}"
-        lines.append(
-            f"Max {self.task.headline_name}: {values[model.chosen]:.4f}{self.task.headline_unit} "
-            f"at K {model.chosen}"
-        )
+        lines.append(self.best_line(values[model.chosen], f"K {model.chosen}"))
         if len(model.K) > 1:
             chosen_on = {
                 "val": f"on {len(self.reports[judge].labels)} held-out training samples",

@@ -498,7 +498,7 @@ def compute_flops(model: nn.Module, inputs: Tensor) -> int:
     Counts matrix products and convolutions, the similarity products of the search included;
     selection (top-K) and gathering do no arithmetic and count as zero.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton: only where it is used
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(inputs)

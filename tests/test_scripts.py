@@ -7,6 +7,8 @@ from pathlib import Path
 import compare_runs
 import flag_tables
 import pytest
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +23,20 @@ def test_runs_are_compared(run, capsys, tmp_path):
     assert header.rstrip(" |").endswith("lr")
     assert {line.split()[1] for line in (first, second)} == {"runs/a", "runs/b"}
     assert Path("runs/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_every_trainer_are_compared(run, capsys, tmp_path):
+    Image.fromarray((torch.rand(12, 12, 3) * 255).byte().numpy()).save("picture.png")
+    picture = ("--image_path", "picture.png", "--output_dir", "runs/picture")
+    run(*picture, model="dynamic", dataset="image")
+    run("--K", "1,3", "--output_dir", "runs/knn", model="knn")
+    capsys.readouterr()
+    for name, column, counter in (("picture", "test_within", "epoch"), ("knn", "test_top1", "K")):
+        compare_runs.main([f"runs/{name}", "--picture", f"runs/{name}.png"])
+        header, _, row = capsys.readouterr().out.splitlines()[:3]
+        assert f"best {column}" in header
+        assert f"| {counter} " in row
+        assert Path(f"runs/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_runs_is_an_error(refused, tmp_path):

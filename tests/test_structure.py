@@ -1,4 +1,4 @@
-"""Who may import whom: main -> train_eval, dataset, models -> layers -> ops."""
+"""Who may import whom, in every folder, and what importing costs."""
 
 import ast
 import subprocess
@@ -8,51 +8,138 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"main", "dataset", "train_eval", "utils", "models", "layers", "ops"}
 ALLOWED = {
-    "main": OURS,
-    "train_eval": {"utils"},
-    "dataset": {"utils"},
-    "utils": set(),
-    "models": {"models", "layers", "ops"},
-    "layers": {"layers", "ops"},
+    "options": set(),
     "ops": {"ops"},
+    "utils": set(),
+    "dataset": {"options", "utils"},
+    "tasks": {"tasks", "dataset", "utils", "options"},
+    "train_eval": {"utils"},
+    "trainers": {"utils", "options"},
+    "layers": {"layers", "ops", "options"},
+    "models": {"models", "layers", "ops", "options"},
+    "builders": {"dataset", "layers", "models", "ops", "options", "tasks", "trainers", "utils"},
 }
+ALLOWED["main"] = {*ALLOWED, "builders"}
+OURS = set(ALLOWED)
+
+
+def files_of(place):
+    path = ROOT / f"{place}.py"
+    return [path] if path.exists() else sorted((ROOT / place).rglob("*.py"))
 
 
 def imported(path):
+    """Modules a file imports, anywhere in it, by their full names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.split(".")[0])
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def roots(names):
+    return {name.split(".")[0] for name in names}
+
+
+def test_every_file_has_a_place():
+    here = {path.stem for path in ROOT.glob("*.py")}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert here | folders == OURS
 
 
 @pytest.mark.parametrize("place", list(ALLOWED))
 def test_imports_point_one_way(place):
-    file = ROOT / f"{place}.py"
-    for path in [file] if file.exists() else (ROOT / place).rglob("*.py"):
-        assert imported(path) & OURS <= ALLOWED[place], path
+    for path in files_of(place):
+        assert roots(imported(path)) & OURS <= ALLOWED[place], path
+
+
+def test_no_circles():
+    modules = {}
+    for place in OURS:
+        for path in files_of(place):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules[".".join(parts).removesuffix(".__init__")] = path
+    edges = {name: imported(path) & set(modules) - {name} for name, path in modules.items()}
+    for package in [name for name in modules if modules[name].name == "__init__.py"]:
+        # A file may import its own package, which then must not need it to begin with.
+        for name in edges:
+            if name.startswith(f"{package}."):
+                edges[name].discard(package)
+    done, walking = set(), []
+
+    def visit(name):
+        assert name not in walking, " -> ".join([*walking[walking.index(name) :], name])
+        if name not in done:
+            walking.append(name)
+            for other in edges[name]:
+                visit(other)
+            walking.pop()
+            done.add(name)
+
+    for name in modules:
+        visit(name)
+
+
+def test_nothing_below_main_sees_an_argparse_namespace():
+    for place in OURS - {"main"}:
+        for path in files_of(place):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute):
+                    assert node.attr not in ("Namespace", "parse_args"), path
+                if isinstance(node, ast.arg):
+                    annotation = ast.unparse(node.annotation) if node.annotation else ""
+                    assert "Namespace" not in annotation, path
 
 
 @pytest.mark.parametrize("place", ["models", "layers", "ops"])
 def test_networks_need_torch_alone(place):
     optional = {"torchvision", "sklearn", "matplotlib", "tqdm", "torchinfo", "torchmetrics", "PIL"}
-    for path in (ROOT / place).rglob("*.py"):
-        assert not imported(path) & optional, path
+    for path in files_of(place):
+        assert not roots(imported(path)) & optional, path
 
 
-def test_importing_prints_nothing_and_seeds_nothing(tmp_path):
-    code = "import torch; s = torch.get_rng_state(); import main; assert s.equal(torch.get_rng_state())"  # noqa: E501
+def run_python(code, folder):
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
+        cwd=folder,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    return done.stdout
+
+
+def test_importing_prints_nothing_and_seeds_nothing(tmp_path):
+    code = "import torch; s = torch.get_rng_state(); import main; assert s.equal(torch.get_rng_state())"  # noqa: E501
+    assert run_python(code, tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_refusing_a_command_line_loads_nothing_it_does_not_use(tmp_path):
+    slow = ["torchvision", "sklearn", "matplotlib", "torchmetrics", "torchinfo", "PIL"]
+    # What PyTorch's own kernels for the meta device load takes as long as PyTorch itself.
+    slow += ["torch.utils.flop_counter", "torch._meta_registrations"]
+    for flags in (
+        ["--help"],
+        ["--K", "100000"],
+        ["--shuffle_pattern", "BA", "--shuffle_scale", "7"],
+    ):
+        code = f"""
+import contextlib, io, sys
+import torch
+before = set(sys.modules)
+import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    try:
+        main.main({flags!r})
+    except SystemExit:
+        pass
+print([name for name in {slow!r} if name in set(sys.modules) - before])
+"""
+        assert run_python(code, tmp_path).strip() == "[]", flags

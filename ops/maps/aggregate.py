@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ops.autocast import match_autocast, without_autocast
 from ops.budget import chunk_bytes, pieces
+from ops.flops import flop_formula
 from ops.rows import flat_index
 
 __all__ = ["aggregate_neighbors", "gathered_rows"]
@@ -171,12 +171,12 @@ def _aggregate_autograd(ctx, gy: Tensor):
 aggregate_op.register_autograd(_aggregate_autograd, setup_context=_aggregate_setup)
 
 
-@register_flop_formula(torch.ops.neighbors.aggregate)
+@flop_formula(torch.ops.neighbors.aggregate)
 def _aggregate_flops(x, indices, weight, *_, **__) -> int:
     o, c, K = weight
     return 2 * x[0] * indices[-2] * K * c * o
 
 
-@register_flop_formula(torch.ops.neighbors.aggregate_backward)
+@flop_formula(torch.ops.neighbors.aggregate_backward)
 def _aggregate_backward_flops(gy, x, indices, weight, need_x, need_weight, *_, **__) -> int:
     return (int(need_x) + int(need_weight)) * _aggregate_flops(x, indices, weight)

@@ -8,10 +8,10 @@ Symbols: B batch, M queries, N keys, C channels, K neighbors.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ops import METRICS
 from ops.autocast import match_autocast, without_autocast
+from ops.flops import flop_formula
 from ops.maps.aggregate import gathered_rows
 
 __all__ = ["attend_neighbors"]
@@ -221,11 +221,11 @@ def _attend_autograd(ctx, gy: Tensor, _attention):
 attend_op.register_autograd(_attend_autograd, setup_context=_attend_setup)
 
 
-@register_flop_formula(torch.ops.neighbors.attend)
+@flop_formula(torch.ops.neighbors.attend)
 def _attend_flops(q, k, v, indices, *_, **__) -> int:
     return 4 * k[0] * k[1] * indices[-1] * k[2]
 
 
-@register_flop_formula(torch.ops.neighbors.attend_backward)
+@flop_formula(torch.ops.neighbors.attend_backward)
 def _attend_backward_flops(gy, attention, q, k, *_, **__) -> int:
     return 8 * k[0] * k[1] * attention[-1] * k[2]

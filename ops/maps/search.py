@@ -21,11 +21,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ops import METRICS
 from ops.autocast import without_autocast
 from ops.budget import chunk_bytes, pieces
+from ops.flops import flop_formula
 from ops.rows import take_rows
 from ops.topk import best_of_rows_torch, block_size
 
@@ -274,7 +274,7 @@ def _pair_scores(a: Tensor, b: Tensor, metric: str) -> Tensor:
     return (a * b).sum(-1)
 
 
-@register_flop_formula(torch.ops.neighbors.search)
+@flop_formula(torch.ops.neighbors.search)
 def _search_flops(queries, keys, K, metric, self_index, exclude_self, candidates, *_, **__) -> int:
     b, n, c = keys
     m = self_index[-1] if queries is None else queries[1]

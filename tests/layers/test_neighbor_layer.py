@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from kernel_paths import leaves, needs_compiler
 
 from layers import Conv2d_NN
+from ops.flops import register_flop_formulas
 from ops.maps.search import nearest_neighbors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +76,7 @@ def test_compile_fullgraph_gives_the_eager_answer(backend):
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
     layer, x = Conv2d_NN(4, 6, K=5), torch.randn(2, 4, 8, 8)
     with FlopCounterMode(display=False) as counter:
         layer(x)
