@@ -16,11 +16,12 @@ from dataset import Data, DataError, DataOptions, image_side
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
-from options import Option, Options, merge_options, option
+from ops.shapes import rehearse
+from options import Option, Options, check_stored, merge_options, option
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
 from trainers import TRAINERS, Trainer
-from utils import describe_model, load_checkpoint, load_weights, memory_size, rehearse
+from utils import describe_model, load_checkpoint, load_weights, memory_size
 
 __all__ = [
     "Choice",
@@ -32,6 +33,7 @@ __all__ = [
     "describe",
     "load_data",
     "rehearse_run",
+    "without_rows",
 ]
 
 # ---------------------------------------------------------------------------------------------
@@ -57,12 +59,13 @@ class SystemOptions(Options):
         choices=("cpu", "cuda", "mps", "auto"),
         resumable=True,
     )
-    seed: int = option(0, "seed of everything drawn at random", least=0)
+    seed: int = option(0, "seed of everything drawn at random", least=0, most=2**32 - 1)
     num_workers: int = option(
         -1,
         "loading processes; -1: none for data in memory, else up to 4",
         least=-1,
         resumable=True,
+        most=128,
     )
 
 
@@ -87,6 +90,11 @@ class OutputOptions(Options):
     checkpoint: str = option(None, "checkpoint file for --test_only and --resume", of_run=True)
     config: str = option(
         None, "args.txt of a former run; flags on the command line win over it", of_run=True
+    )
+    check_data: bool = option(
+        False,
+        "read every sample once, count the classes, write nothing; what is broken is named",
+        of_run=True,
     )
     dry_run: bool = option(
         False,
@@ -143,6 +151,12 @@ def all_options() -> dict[str, tuple[str, Option]]:
     pairs = [("Model", each) for each in choosing_options()]
     pairs += [(owner.title, each) for owner in all_owners() for each in owner.declared()]
     return merge_options(pairs)
+
+
+def without_rows(known: Mapping[str, Option]) -> dict[str, Option]:
+    """Let the flags that choose rows take any word: rows of a stored run may be gone."""
+    free = {each.name for each in choosing_options()}
+    return {n: replace(each, choices=None) if n in free else each for n, each in known.items()}
 
 
 @dataclass(frozen=True)
@@ -305,6 +319,8 @@ def open_feature_network(
 ) -> tuple[Data, nn.Module, str]:
     """Load a network trained here, and the data normalised and sized as it wants them."""
     checkpoint = load_checkpoint(path)
+    known = {name: each for name, (_, each) in all_options().items()}
+    check_stored(known, checkpoint["args"], path)
     stored = {**values, **checkpoint["args"]}
     source = replace(choice, model=stored["model"], layer=stored["layer"])
     model_type = source.model_type
@@ -367,6 +383,8 @@ def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = 
             model = build_model(values, choice, sizes)
     except ValueError as error:
         raise ValueError(f"--model {choice.model}: {error}") from error
+    except RuntimeError as error:  # a parameter of more bytes than a number can say
+        raise ValueError(f"{choice} cannot be built on any machine: {error}") from error
     task.check_model(model)
     if shape is not None and choice.trainer_type.rehearses and task.name == "classification":
         rehearse(model, shape)

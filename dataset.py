@@ -4,12 +4,18 @@ Small image sets are held in memory as 8-bit tensors and are cropped, flipped, r
 normalised a batch at a time; folders of images are decoded one by one through torchvision.
 """
 
+import contextlib
+import math
 import os
+import re
+import stat
 import tempfile
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, default_collate
 
 from options import Options, option
+from utils import memory_size
 
 __all__ = [
     "Data",
@@ -36,6 +43,7 @@ __all__ = [
     "build_npz",
     "encode_data",
     "image_side",
+    "inspect_data",
     "limit",
     "read_image",
     "read_image_folders",
@@ -92,8 +100,10 @@ class DataOptions(Options):
         least=0,
         below=1,
     )
-    limit_train: int = option(None, "use the first N training samples", kind=int, least=1)
-    limit_test: int = option(None, "use the first N test samples", kind=int, least=1)
+    limit_train: int = option(
+        None, "use the first N training samples", kind=int, least=1, most=10**12
+    )
+    limit_test: int = option(None, "use the first N test samples", kind=int, least=1, most=10**12)
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,9 @@ class ImageOptions(Options):
         "folder of the data (downloads go there), or the file of --dataset npz",
         resumable=True,
     )
-    resize: int = option(None, "side of the square images are resized to", kind=int, least=1)
+    resize: int = option(
+        None, "side of the square images are resized to", kind=int, least=1, most=4096
+    )
     augment: bool = option(
         False,
         "random crops, and flips where a mirrored image is still of its class",
@@ -116,6 +128,7 @@ class ImageOptions(Options):
         0.0,
         "standard deviation of Gaussian noise on images in [0, 1], in training and testing",
         least=0,
+        most=100,
     )
 
 
@@ -342,8 +355,7 @@ def load_torchvision(data_path: str, class_name: str, files: Sequence[str]) -> t
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(source, target)
         return read()
-    # AssertionError and KeyError are what its parsers raise on a damaged file.
-    except (OSError, RuntimeError, ValueError, EOFError, AssertionError, KeyError) as error:
+    except Exception as error:  # its parsers raise what they like: assertions, keys, types, …
         raise DataError(
             f"{class_name} could not be read or downloaded ({type(error).__name__}: {error}). "
             f"Put these files there by hand, then run again:\n  {wanted}"
@@ -358,7 +370,7 @@ def to_image_tensor(images: Any) -> Tensor:
 
 
 def torchvision_builder(
-    name: str, class_name: str, files: Sequence[str], *, flip: bool
+    name: str, class_name: str, files: Sequence[str], shape: tuple[int, ...], *, flip: bool
 ) -> Callable[..., Data]:
     """Make the builder of a data set of `torchvision.datasets`.
 
@@ -366,15 +378,34 @@ def torchvision_builder(
         name: Its name here.
         class_name: Its name there.
         files: See :func:`load_torchvision`.
+        shape: Shape (C, H, W) of its images.
         flip: Whether a mirrored image is still of its class.
     """
 
     def build(*, data_path: str, **options: Any) -> Data:
         train, test = load_torchvision(data_path, class_name, files)
-        arrays = [
-            (to_image_tensor(part.data), torch.as_tensor(part.targets, dtype=torch.int64))
-            for part in (train, test)
-        ]
+        arrays = []
+        for part in (train, test):
+            images = to_image_tensor(part.data)
+            labels = torch.as_tensor(part.targets, dtype=torch.int64)
+            what = f"{data_path}: the {'training' if part is train else 'test'} set of {name}"
+            if len(images) == 0 or labels.shape != images.shape[:1]:
+                raise DataError(
+                    f"{what} has {len(images)} images and {labels.numel()} labels: it needs one "
+                    "label per image. The files are damaged: replace them."
+                )
+            check_picture_size(f"{what}: every image", *images.shape[2:])
+            if images.shape[1:] != shape:
+                raise DataError(
+                    f"{what} has images of {tuple(images.shape[1:])} (C, H, W), not of {shape}. "
+                    "The files are damaged, or of another data set (--dataset npz takes any size)."
+                )
+            if labels.min() < 0 or labels.max() >= len(train.classes):
+                raise DataError(
+                    f"{what} has labels in {int(labels.min())} … {int(labels.max())}, and there "
+                    f"are {len(train.classes)} classes. The files are damaged: replace them."
+                )
+            arrays.append((images, labels))
         return build_array_data(name, *arrays, train.classes, flip=flip, **options)
 
     return build
@@ -398,6 +429,122 @@ def build_digits(*, data_path: str, **options: Any) -> Data:
     )
 
 
+MOST_CLASSES = 50_000
+MOST_PIXELS = 2**26  # of one picture: 8192 x 8192
+
+
+def _shown(names: Iterable[str]) -> str:
+    """List names from a file: the first ten, in a form that fits a line."""
+    names = sorted(names)
+    shown = ", ".join(n if n.isprintable() and len(n) <= 40 else repr(n)[:40] for n in names[:10])
+    return (shown or "nothing") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An array inside an .npz file, known by its header alone."""
+
+    info: zipfile.ZipInfo
+    start: int
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _NpzFile:
+    """The arrays of an .npz file; every header is read and judged before any array is.
+
+    Nothing is unpickled, members that nobody asks for are left alone, and what a header says must
+    agree with the size that the archive gives for that member.
+
+    Args:
+        path: The file.
+        names: The arrays that are wanted.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self.path = path
+        with self._damage(), zipfile.ZipFile(path) as archive:
+            infos = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            self.names = set(infos)
+            self.members = {
+                name: self._read_header(archive, infos[name]) for name in names if name in infos
+            }
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError:
+            raise
+        # What zip files and headers of arrays raise on damage: bad sums, encryption, methods.
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+            raise DataError(
+                f"{self.path} is damaged, or no .npz file of numpy.savez: {e}. Write it anew."
+            ) from e
+
+    @staticmethod
+    def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        name = info.filename
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is packed by a method that numpy.savez does not use")
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in readers:
+                raise ValueError(f"{name} has a header of the unknown version {version}")
+            try:
+                shape, fortran, dtype = readers[version](file)
+            except Exception as error:  # a header is a Python expression: syntax, tokens, types
+                raise ValueError(f"the header of {name} cannot be read") from error
+            member = _Member(info, file.tell(), shape, fortran, dtype)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which are not read")
+        if any(side < 0 for side in shape) or member.start + member.size != info.file_size:
+            raise ValueError(
+                f"the header of {name} speaks of {dtype} {shape}, and the file has "
+                f"{info.file_size - member.start:,} bytes for it"
+            )
+        return member
+
+    def check_memory(self, copies: int) -> None:
+        """Refuse arrays that do not fit into the machine.
+
+        Args:
+            copies: How often they are held at once.
+        """
+        size = sum(member.size for member in self.members.values())
+        there = memory_size(torch.device("cpu"))
+        if there is not None and size * copies > there:
+            raise DataError(
+                f"{self.path} holds {size / 1e9:,.1f} GB, and reading it takes "
+                f"{size * copies / 1e9:,.1f} GB; this machine has {there / 1e9:,.1f} GB. Make a "
+                "file of fewer or smaller images."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """Read an array."""
+        member = self.members[name]
+        buffer = np.empty(member.size, dtype=np.uint8)
+        with self._damage(), zipfile.ZipFile(self.path) as archive:
+            with archive.open(member.info) as file:
+                file.read(member.start)
+                at = 0
+                while chunk := file.read(2**20):  # the last one checks the sum
+                    buffer[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
+                    at += len(chunk)
+            if at != member.size:
+                raise ValueError(f"{name} ends after {at:,} of {member.size:,} bytes")
+        return np.ndarray(member.shape, member.dtype, buffer, order="F" if member.fortran else "C")
+
+
 def build_npz(*, data_path: str, **options: Any) -> Data:
     """Load ``x_train, y_train, x_test, y_test`` (and ``class_names``) from one ``.npz`` file."""
     path = Path(data_path)
@@ -406,67 +553,161 @@ def build_npz(*, data_path: str, **options: Any) -> Data:
             f"--dataset npz reads one file: --data_path must name an existing .npz file "
             f"(got {data_path})."
         )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged, or no .npz file: {error}") from error
-
-    missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
-    if missing:
+    needed = {f"{kind}_{part}" for kind in "xy" for part in ("train", "test")}
+    file = _NpzFile(path, [*sorted(needed), "class_names"])
+    if missing := needed - set(file.members):
         raise DataError(
-            f"{path} lacks {', '.join(sorted(missing))}; it holds "
-            f"{', '.join(sorted(arrays)) or 'nothing'}."
+            f"{path} lacks {', '.join(sorted(missing))}; it holds {_shown(file.names)}."
         )
-    parts = []
     for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if (
-            x.dtype != np.uint8
-            or x.ndim not in (3, 4)
-            or (x.ndim == 4 and x.shape[3] not in (1, 3))
-        ):
-            raise DataError(
-                f"{path}: x_{part} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), "
-                f"got {x.dtype} {x.shape}."
-            )
-        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
-            raise DataError(
-                f"{path}: y_{part} must hold one integer per image, ({len(x)},), "
-                f"got {y.dtype} {y.shape}."
-            )
-        if len(x) == 0:
-            raise DataError(f"{path}: x_{part} is empty.")
-        parts.append((to_image_tensor(x), torch.as_tensor(y.astype(np.int64))))
-    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        _check_labelled_images(path, part, file.members[f"x_{part}"], file.members[f"y_{part}"])
+    shapes = [(*file.members[f"x_{part}"].shape[1:], 1)[:3] for part in ("train", "test")]
+    if shapes[0] != shapes[1]:
         raise DataError(
             f"{path}: training and test images differ in shape: "
-            f"{tuple(parts[0][0].shape[1:])} and {tuple(parts[1][0].shape[1:])} (C, H, W)."
+            f"{shapes[0]} and {shapes[1]} (H, W, C)."
         )
-    lowest = min(int(y.min()) for _, y in parts)
-    highest = max(int(y.max()) for _, y in parts)
-    names = arrays.get("class_names")
-    num_classes = highest + 1 if names is None else len(names)
+    named = file.members.get("class_names")
+    if named is not None and (len(named.shape) != 1 or named.dtype.kind not in "USiu"):
+        raise DataError(
+            f"{path}: class_names must be a list of names, one a class, got {named.dtype} "
+            f"{named.shape}."
+        )
+    file.check_memory(copies=3)
+    labels = {part: file.read(f"y_{part}") for part in ("train", "test")}
+    lowest = min(int(y.min()) for y in labels.values())
+    highest = max(int(y.max()) for y in labels.values())
+    num_classes = highest + 1 if named is None else named.shape[0]
     if lowest < 0 or highest >= num_classes:
         raise DataError(
             f"{path}: labels must lie in 0 … {num_classes - 1}, found {lowest} … {highest}."
         )
-    names = [str(i) for i in range(num_classes)] if names is None else [str(n) for n in names]
+    check_num_classes(num_classes, sum(map(len, labels.values())), f"{path}: the labels")
+    names = (
+        [str(i) for i in range(num_classes)]
+        if named is None
+        else [
+            n.decode("latin-1") if isinstance(n, bytes) else str(n)
+            for n in file.read("class_names")
+        ]
+    )
+    parts = [
+        (to_image_tensor(file.read(f"x_{part}")), torch.as_tensor(y.astype(np.int64)))
+        for part, y in labels.items()
+    ]
     return build_array_data("npz", *parts, names, flip=True, **options)
+
+
+def _check_labelled_images(path: Path, part: str, x: _Member, y: _Member) -> None:
+    """Refuse arrays that are no 8-bit images with one label each, by their headers."""
+    if (
+        x.dtype != np.uint8
+        or len(x.shape) not in (3, 4)
+        or (len(x.shape) == 4 and x.shape[3] not in (1, 3))
+    ):
+        raise DataError(
+            f"{path}: x_{part} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), "
+            f"got {x.dtype} {x.shape}."
+        )
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: y_{part} must hold one integer per image, ({x.shape[0]},), "
+            f"got {y.dtype} {y.shape}."
+        )
+    if x.shape[0] == 0:
+        raise DataError(f"{path}: x_{part} is empty.")
+    check_picture_size(f"{path}: an image of x_{part}", *x.shape[1:3])
+
+
+def check_num_classes(number: int, samples: int, what: str) -> None:
+    """Refuse labels that name more classes than samples could ever show.
+
+    Args:
+        number: Classes.
+        samples: Samples, of all sets.
+        what: Where the labels are, for the message.
+    """
+    most = min(MOST_CLASSES, max(1000, samples))
+    if number > most:
+        raise DataError(
+            f"{what} name {number:,} classes, and there are {samples:,} samples: up to {most:,} "
+            "classes are learnt from so many. Number the classes 0, 1, 2, …"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures in files
+
+# What Pillow may take a file for, whatever its name says: pictures, and no programs (EPS).
+PICTURE_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+@contextlib.contextmanager
+def open_picture(path: str | os.PathLike) -> Iterator[Any]:
+    """Open a picture; its size is checked by the header before any pixel is decoded.
+
+    Args:
+        path: A regular file: others (pipes, devices) are never opened, they could wait for ever.
+
+    Raises:
+        DataError: If it is missing, damaged, of no known format, or too large.
+    """
+    from PIL import Image
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged below
+            Image.init()  # which formats there are
+            image = Image.open(path, formats=[f for f in PICTURE_FORMATS if f in Image.OPEN])
+        with image:
+            check_picture_size(f"{path}: the picture", image.height, image.width)
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # Pillow documents no error types: OSError, SyntaxError, struct, …
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def check_picture_size(what: str, height: int, width: int) -> None:
+    """Refuse pictures without pixels, and with so many that no memory holds what is made of them.
+
+    Args:
+        what: The picture, for the message.
+        height: Its height in pixels.
+        width: Its width.
+    """
+    if min(height, width) < 1:
+        raise DataError(f"{what} is {height}x{width}: it has no pixels. Leave it out.")
+    if height * width > MOST_PIXELS:
+        raise DataError(
+            f"{what} is {height}x{width}, {height * width:,} pixels, and pictures of up to "
+            f"{MOST_PIXELS:,} are read. Make it smaller, or leave it out."
+        )
 
 
 # ---------------------------------------------------------------------------------------------
 # Folders of images
 
 
-def _load_image(path: str) -> Any:
-    from PIL import Image
+def _load_image(path: str, side: int) -> Any:
+    """Read an image of a class folder as RGB.
 
-    try:
-        with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
-    except OSError as error:  # UnidentifiedImageError is one
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    Args:
+        path: The file.
+        side: What the shorter side is resized to afterwards.
+    """
+    with open_picture(path) as image:
+        width, height = image.size
+        longer = side * max(width, height) // min(width, height)
+        if side * longer > MOST_PIXELS:
+            raise DataError(
+                f"{path} is {height}x{width}, so narrow that it would be {side}x{longer} once its "
+                "shorter side is resized. Cut it, or leave it out."
+            )
+        return image.convert("RGB")
 
 
 class _AddNoise:
@@ -482,6 +723,11 @@ class _AddNoise:
         return image + self.sigma * torch.randn(image.shape, generator=generator)
 
 
+def _resized(side: int) -> int:
+    """Return what the shorter side of an image is resized to before the center is cut out."""
+    return round(side * 256 / 224)
+
+
 def _folder_transforms(
     side: int, *, augment: bool, noise: float, normalize: bool, seed: int
 ) -> tuple[Callable, Callable]:
@@ -495,7 +741,7 @@ def _folder_transforms(
             steps.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
         return [*steps, v2.ToPureTensor()]
 
-    center = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+    center = [v2.Resize(_resized(side)), v2.CenterCrop(side)]
     random = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
     return (
         v2.Compose((random if augment else center) + finish(None)),
@@ -505,7 +751,7 @@ def _folder_transforms(
 
 def _build_folders(
     name: str,
-    make: Callable[[str, Callable], Dataset],
+    make: Callable[[str, Callable, Callable], Dataset],
     *,
     resize: int | None,
     min_side: int,
@@ -517,7 +763,8 @@ def _build_folders(
     side = resize or max(224, min_side)
     options = {"augment": augment, "noise": noise, "normalize": normalize, "seed": seed}
     train_transform, test_transform = _folder_transforms(side, **options)
-    train, test = make("train", train_transform), make("test", test_transform)
+    load = partial(_load_image, side=_resized(side))
+    train, test = make("train", train_transform, load), make("test", test_transform, load)
     if train.classes != test.classes:
         differing = set(train.classes) ^ set(test.classes)
         raise DataError(
@@ -532,7 +779,7 @@ def _build_folders(
         sample_shape=(3, side, side),
         num_outputs=len(classes),
         class_names=tuple(classes),
-        extra={"evaluation_train": make("train", test_transform)},
+        extra={"evaluation_train": make("train", test_transform, load)},
     )
 
 
@@ -540,7 +787,7 @@ def build_imagefolder(*, data_path: str, **options: Any) -> Data:
     """Load ``<data_path>/train/<class>/*`` and ``<data_path>/test|val/<class>/*``."""
     from torchvision.datasets import ImageFolder
 
-    def make(part: str, transform: Callable) -> Dataset:
+    def make(part: str, transform: Callable, load: Callable) -> Dataset:
         names = ("train",) if part == "train" else ("test", "val")
         folder = next((Path(data_path, n) for n in names if Path(data_path, n).is_dir()), None)
         if folder is None:
@@ -549,8 +796,8 @@ def build_imagefolder(*, data_path: str, **options: Any) -> Data:
                 + ("." if part == "train" else " (or val/<class>/*).")
             )
         try:
-            return ImageFolder(folder, transform=transform, loader=_load_image)
-        except FileNotFoundError as error:
+            return ImageFolder(folder, transform=transform, loader=load)
+        except OSError as error:  # no classes, or none that may be read
             raise DataError(f"{folder}: {error}") from error
 
     return _build_folders("imagefolder", make, **options)
@@ -564,13 +811,13 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
         return data
     import torchvision
 
-    def make(part: str, transform: Callable) -> Dataset:
+    def make(part: str, transform: Callable, load: Callable) -> Dataset:
         try:
             return torchvision.datasets.ImageNet(
                 data_path,
                 split="train" if part == "train" else "val",
                 transform=transform,
-                loader=_load_image,
+                loader=load,
             )
         except (OSError, RuntimeError) as error:
             raise DataError(
@@ -589,32 +836,37 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 LUMA = (0.2989, 0.5870, 0.1140)  # the weights that the published grayscale sets were made with
 
 
+def _by_rows(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
+    """Compute 8-bit pixels (H, W) in float64, some rows at a time: whole pictures take much."""
+    result = np.empty(array.shape[:2], np.uint8)
+    step = max(1, 2**20 // array.shape[1])
+    for top in range(0, len(array), step):
+        rows = function(array[top : top + step].astype(np.float64))
+        result[top : top + step] = rows.clip(0, 255)
+    return result
+
+
 def read_image(path: str | os.PathLike, color: bool) -> tuple[Tensor, bool]:
     """Read a picture as (C, H, W) uint8; return it, and whether its colors had to change.
 
     Args:
-        path: Any file that Pillow reads; 16-bit gray is rounded to 8 bits.
+        path: See :func:`open_picture`; 16-bit gray is rounded to 8 bits.
         color: Three channels; otherwise one, of the usual luma.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                array = np.asarray(image, dtype=np.float64)
-                levels = 65535 if array.max() > 255 else 255
-                array = np.round(array * (255 / levels)).clip(0, 255).astype(np.uint8)
-            elif image.mode in ("L", "1"):
-                array = np.asarray(image.convert("L"))
-            else:
-                array = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    with open_picture(path) as image:
+        if image.mode.startswith("I"):
+            array = np.asarray(image)
+            levels = 65535 if array.max() > 255 else 255
+            array = _by_rows(lambda rows: np.round(rows * (255 / levels)), array)
+        elif image.mode in ("L", "1"):
+            array = np.asarray(image.convert("L"))
+        else:
+            array = np.asarray(image.convert("RGB"))
     changed = (array.ndim == 3) != color
     if changed and color:
         array = np.repeat(array[:, :, None], 3, axis=2)
     elif changed:
-        array = np.round(array @ np.array(LUMA)).clip(0, 255).astype(np.uint8)
+        array = _by_rows(lambda rows: np.round(rows @ np.array(LUMA)), array)
     array = array.transpose(2, 0, 1) if color else array[None]
     return torch.from_numpy(array.copy()), changed
 
@@ -806,9 +1058,29 @@ def sample_labels(dataset: Dataset) -> Tensor:
     return torch.as_tensor(dataset.targets)
 
 
+class _Loader(DataLoader):
+    """A loader whose processes hand on what is wrong with the data, not where they found it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # Where it was raised by another process, its text is that of a traceback.
+            *_, message = re.split(r"^(?:\w+\.)*DataError: ", str(error), flags=re.MULTILINE)
+            raise DataError(message.strip()) from error
+
+
 def _collate(batch: Any) -> Any:
     """Pass on what came as a batch already; stack single samples."""
     return batch if isinstance(batch, tuple) else default_collate(batch)
+
+
+def loading_processes(dataset: Dataset, wanted: int) -> int:
+    """Return how many processes load a data set; -1 asks for as many as serve it."""
+    base = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if wanted >= 0:
+        return wanted
+    return 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
 
 
 def build_loader(
@@ -834,12 +1106,11 @@ def build_loader(
     """
     base = dataset.dataset if isinstance(dataset, Subset) else dataset
     batch_size = min(batch_size, getattr(base, "max_batch_size", batch_size))
-    if num_workers < 0:
-        num_workers = 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
+    num_workers = loading_processes(dataset, num_workers)
     sampler = EpochSampler(dataset, seed) if shuffle else None
     if shuffle and balanced:
         sampler = BalancedStartSampler(dataset, seed, sample_labels(dataset), balanced)
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -847,4 +1118,86 @@ def build_loader(
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking
+
+
+class _Inspected(Dataset):
+    """The labels of a data set, or in their place what is wrong with a sample."""
+
+    def __init__(self, dataset: Dataset, name: str, num_classes: int) -> None:
+        self.dataset, self.name, self.num_classes = dataset, name, num_classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> int | str | None:
+        what = f"sample {index} of {self.name}"
+        try:
+            inputs, target = self.dataset[index]
+        except DataError as error:
+            return str(error)
+        if not torch.isfinite(inputs).all():
+            return f"{what} holds numbers that are not finite"
+        target = torch.as_tensor(target)
+        if target.ndim or target.is_floating_point():  # no class
+            return None
+        if not 0 <= target < self.num_classes:
+            return f"{what} has the label {int(target)}, and there are {self.num_classes} classes"
+        return int(target)
+
+
+def inspect_data(data: Data, num_workers: int = 0) -> tuple[dict[str, list[int]], list[str]]:
+    """Read every sample of every set once.
+
+    Args:
+        data: The data.
+        num_workers: See :func:`build_loader`.
+
+    Returns:
+        For every set the number of samples of every class (empty where there are no classes), and
+        a line a set.
+
+    Raises:
+        DataError: With what is wrong with the first samples that cannot be used.
+    """
+    counts: dict[str, list[int]] = {}
+    lines, faults, total = [], [], 0
+    sets = {"train": data.train, "val": data.val, "test": data.test}
+    for name, part in sets.items():
+        if part is None:
+            continue
+        inspected = _Inspected(part, name, data.num_outputs)
+        workers = loading_processes(part, num_workers)
+        found: list[int | str | None] = []
+        for batch in DataLoader(inspected, 64, num_workers=workers, collate_fn=list):
+            found += batch
+        faults += [item for item in found if isinstance(item, str)]
+        total += len(found)
+        labels = [item for item in found if isinstance(item, int)]
+        counts[name] = np.bincount(labels, minlength=data.num_outputs).tolist() if labels else []
+        lines.append(_count_line(name, len(found), counts[name], data.class_names))
+    if faults:
+        shown = "\n  ".join(fault.rstrip(".") for fault in faults[:20])
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise DataError(f"{len(faults)} of {total} samples cannot be used:\n  {shown}{more}")
+    return counts, lines
+
+
+def _count_line(name: str, total: int, counts: list[int], class_names: Sequence[str]) -> str:
+    """Word how often every class is there; of many classes the extremes."""
+    line = f"{name}: {total:,} samples"
+    if not counts:
+        return line + "."
+    line += f" of {len(counts)} classes"
+    if len(counts) <= 20:
+        names = class_names or [str(i) for i in range(len(counts))]
+        pairs = zip(names, counts, strict=True)
+        return f"{line}: {', '.join(f'{label}: {count:,}' for label, count in pairs)}."
+    return (
+        f"{line}, {min(counts):,} to {max(counts):,} of each; "
+        f"{sum(count == 0 for count in counts)} classes without any."
     )

@@ -25,13 +25,14 @@ from builders import (
     describe,
     load_data,
     rehearse_run,
+    without_rows,
 )
-from dataset import DataError, build_loader
+from dataset import DataError, build_loader, inspect_data
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
-from options import HelpFormatter, OptionError, add_flag, flagged, read_texts
-from tasks import DATASETS, Task
+from options import HelpFormatter, OptionError, add_flag, check_stored, flagged, read_texts
+from tasks import DATASETS, TASKS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
 from trainers import TrainingError
@@ -43,6 +44,7 @@ from utils import (
     load_pretrained,
     load_weights,
     parse_args_text,
+    read_text_file,
     read_weights,
     seed_everything,
     world_size,
@@ -142,7 +144,8 @@ def parse_arguments(
         values["output_dir"] = base if values["overwrite"] else next_free(base)
     else:
         values["output_dir"] = base
-        writes = not (values["overwrite"] or values["dry_run"] or values["test_only"])
+        of_run = ("overwrite", "dry_run", "test_only", "check_data")
+        writes = not any(values[name] for name in of_run)
         if writes and RunFolder(base).holds_run():
             parser.error(
                 f"--output_dir {base} already holds a run. Add --resume to go on with it, "
@@ -156,9 +159,9 @@ def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, 
     if path is None:
         return {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
+        text = read_text_file(path)
+    except ValueError as error:
+        parser.error(f"--config {error}")
     known = {name: each for name, (_, each) in all_options().items()}
     try:
         return read_texts(known, parse_args_text(text), path)
@@ -179,13 +182,13 @@ def differing_flags(
 
 def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choice | None:
     """Return the rows that a stored run chose; None if one is not there any more."""
-    merged = {name: stored.get(name, values[name]) for name in ("model", "layer", "dataset")}
     tables = {"model": MODELS, "dataset": DATASETS}
+    merged = {name: stored.get(name, values[name]) for name in ("layer", *tables)}
     if any(merged[name] not in table for name, table in tables.items()):
         return None
     choice = chosen({**merged, "task": stored.get("task")})
     fits = not choice.model_type.uses_layer or choice.layer in choice.layers
-    return choice if fits else None
+    return choice if fits and choice.task in TASKS else None
 
 
 def read_checkpoint(
@@ -206,13 +209,23 @@ def read_checkpoint(
         parser.error(f"{flag}: {error}")
     stored = checkpoint["args"]
     known = {name: each for name, (_, each) in all_options().items()}
+    try:
+        check_stored(without_rows(known), stored, path)
+    except ValueError as error:
+        parser.error(f"{flag}: {error}")
     of_run = {name for name, each in known.items() if each.of_run}
     choice = stored_choice(stored, values)
+    if choice is None:
+        rows = (stored.get(name) for name in ("model", "layer", "dataset", "task"))
+        parser.error(
+            f"{flag}: {path} was made with {', '.join(str(row) for row in rows if row)}, one of "
+            "which this version does not have. Choose another checkpoint."
+        )
     if values["resume"]:
         resumable = {name for name, each in known.items() if each.resumable}
         fixed = set(stored) - resumable - of_run
     else:
-        fixed = {"model"} if choice is None else choice.fixed_options()
+        fixed = choice.fixed_options()
     if differing := differing_flags(fixed & given, stored, values):
         parser.error(
             f"{flag}: {path} was made by another "
@@ -235,6 +248,8 @@ def adopt_pretrained(
     path = values["pretrained"]
     try:
         _, stored = read_weights(path)
+        known = {name: each for name, (_, each) in all_options().items()}
+        check_stored(without_rows(known), stored, path)
     except ValueError as error:
         parser.error(f"--pretrained: {error}")
     choice = stored_choice(stored, values)
@@ -383,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         check_arguments(values, given, choice)
     except ValueError as error:
-        parser.error(flagged(str(error), all_options()))
+        parser.error(flagged(error, all_options()))
     seed_everything(values["seed"])
     with distributed(wanted=choice.trainer_type.shares) as leader:
         folder = RunFolder(values["output_dir"], writes=leader)
@@ -416,6 +431,10 @@ def run_choice(
         if values.get("input") and choice.task_type.treats_files:
             return treat_file(values, choice, task, device, checkpoint, weights)
         data = load_data(values, choice, task, device)
+        if values["check_data"]:
+            counts, lines = inspect_data(data, values["num_workers"])
+            print(*data.notes, *lines, sep="\n")
+            return {"output_dir": None, "counts": counts}
         if choice.entry.shape is None:
             rehearse_run(values, choice, data)
         model = build_model(values, choice, task.sizes(data)).to(device)
@@ -428,7 +447,7 @@ def run_choice(
         if not values["test_only"]:
             trainer = build_trainer(values, choice, model, task, data, device)
     except ValueError as error:  # DataError, and what layers and models refuse
-        parser.error(flagged(str(error), all_options()))
+        parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
     trainer_type.prepare(model, values)
@@ -487,9 +506,10 @@ def treat_file(
 
 def describe_run(command: str) -> str:
     """Return the comment lines above the arguments in args.txt."""
+    lines = command.encode("utf-8", "backslashreplace").decode().splitlines()
     return (
-        f"# {command}\n"
-        f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
+        "".join(f"# {line}\n" for line in lines)  # a text on it may hold line breaks
+        + f"# torch {torch.__version__}, Python {sys.version.split()[0]}, "
         f"neighbor kernels {native.status().splitlines()[0]}\n"
     )
 

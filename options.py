@@ -11,6 +11,7 @@ This file imports nothing of ours.
 import argparse
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -25,6 +26,7 @@ __all__ = [
     "check_at_least",
     "check_choice",
     "check_fraction",
+    "check_stored",
     "flagged",
     "merge_options",
     "option",
@@ -114,6 +116,8 @@ class Option:
         """Say which bound a number breaks: "must be at least 1"; None if it keeps them all."""
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
+        if not math.isfinite(value):
+            return "must be a finite number"
         kept = (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -124,12 +128,12 @@ class Option:
             return None
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
-        if low is not None and high is not None:
+        if low is not None and high is not None and high - low <= 10:
             brackets = "[" if self.above is None else "(", "]" if self.below is None else ")"
             return f"must lie in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
-        if low is not None:
-            return f"must be {'at least' if self.above is None else 'above'} {low:g}"
-        return f"must be {'at most' if self.below is None else 'below'} {high:g}"
+        if low is not None and value <= low:  # a far bound is no help against the near one
+            return f"must be {'at least' if self.above is None else 'above'} {low:.12g}"
+        return f"must be {'at most' if self.below is None else 'below'} {high:.12g}"
 
     def check(self, value: Any) -> None:
         """Refuse a value that is out of bounds or none of the choices.
@@ -299,6 +303,62 @@ def add_flag(group: Any, each: Option) -> None:
     group.add_argument(f"--{each.name}", type=parse, choices=each.choices, **details)
 
 
+def _read_list(text: str) -> list[str]:
+    """Read a JSON list of words."""
+    items = json.loads(text)
+    if not isinstance(items, list) or not items or any(isinstance(i, list | dict) for i in items):
+        raise ValueError('expected a list of words, ["a", "b"]')
+    return [item if isinstance(item, str) else str(item) for item in items]
+
+
+def _unquoted(each: Option, text: str) -> str:
+    """Return a word; in quotes it is a JSON string. Older files hold words as they are."""
+    if each.kind is not str or not text.startswith('"'):
+        return text
+    try:
+        word = json.loads(text)
+    except ValueError:  # a quote that older files did not escape
+        return text
+    return word if isinstance(word, str) else text
+
+
+def check_stored(known: Mapping[str, Option], stored: Mapping[str, Any], source: str) -> None:
+    """Refuse arguments of a stored run that no run of this program can have had.
+
+    Args:
+        known: The options there are; others are left alone.
+        stored: Values by name, as a checkpoint holds them.
+        source: Where they come from, for messages.
+
+    Raises:
+        ValueError: Which one, and what it should be.
+    """
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+    for name, value in stored.items():
+        if name not in known:
+            continue
+        each = known[name]
+        if value is None and (each.default is None or each.of_run):
+            continue
+        many = isinstance(value, list | tuple) and each.several is not None and len(value) > 0
+        items = value if many else [value]
+        right = many or each.several != "list"
+        for item in items:
+            right &= isinstance(item, kinds[each.kind]) and (
+                each.kind is bool or not isinstance(item, bool)
+            )
+        if not right:
+            wanted = f"{'a list of ' if each.several == 'list' else ''}{each.kind.__name__}"
+            raise ValueError(
+                f"{source} cannot be used: its argument {name} should be {wanted} "
+                f"(got {str(value)[:40]!r}, {type(value).__name__})."
+            )
+        try:
+            each.check(value)
+        except OptionError as error:
+            raise ValueError(f"{source} cannot be used: its argument {error}") from error
+
+
 def read_texts(
     known: Mapping[str, Option], texts: Mapping[str, str], source: str
 ) -> dict[str, Any]:
@@ -321,11 +381,13 @@ def read_texts(
         if each.of_run:
             continue
         if text == "None":
+            if each.default is not None:
+                raise ValueError(f"{source}: {name}: None is no value of it: {each.meaning}.")
             parsed[name] = None
             continue
         try:
-            items = json.loads(text) if each.several == "list" else [text]
-            read = [each.parse(str(item)) for item in items]
+            items = _read_list(text) if each.several == "list" else [_unquoted(each, text)]
+            read = [each.parse(item) for item in items]
         except ValueError as error:
             raise ValueError(f"{source}: {name}: {text} cannot be read ({error}).") from error
         parsed[name] = read if each.several == "list" else read[0]
@@ -358,19 +420,19 @@ def check_at_least(name: str, value: int, least: int, meaning: str) -> None:
         raise OptionError(f"{name} must be at least {least} (got {value}): it is the {meaning}.")
 
 
-def flagged(message: str, names: Iterable[str]) -> str:
+def flagged(error: str | ValueError, names: Iterable[str]) -> str:
     """Write the options named in a message as flags: ``batch_size`` becomes ``--batch_size``.
 
     Only names that no sentence uses as a word are changed: those with an underscore, and the one
-    that a message begins with.
+    that the message of an :class:`OptionError` begins with.
 
     Args:
-        message: A sentence for a person.
+        error: The error, or a sentence.
         names: The options there are.
     """
-    names = set(names)
+    names, message = set(names), str(error)
     first, gap, rest = message.partition(" ")
-    if first in names:
+    if first in names and isinstance(error, OptionError):
         message = f"--{first}{gap}{rest}"
     words = "|".join(sorted((n for n in names if "_" in n), key=len, reverse=True))
-    return re.sub(rf"(?<![-\w/.])({words})(?![\w.])", r"--\1", message) if words else message
+    return re.sub(rf"(?<![-\w/.])({words})(?!\w|\.\w)", r"--\1", message) if words else message

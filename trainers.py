@@ -51,13 +51,14 @@ class TrainingOptions(Options):
     """What every way of training takes."""
 
     title = "Training"
-    batch_size: int = option(256, "samples per step", least=1)
+    batch_size: int = option(256, "samples per step", least=1, most=10**6)
     num_epochs: int = option(
         150,
         "passes over the training set",
         least=1,
         resumable=True,
         trainers=("gradient", "growth"),
+        most=10**6,
     )
 
 
@@ -269,8 +270,8 @@ class GradientOptions(TrainingOptions):
     clip_grad_norm: float = option(1.0, "largest norm of the gradients; 0 does not clip", least=0)
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
     lr: float = option(1e-3, "learning rate", least=0)
-    weight_decay: float = option(1e-6, "weight decay", least=0)
-    momentum: float = option(0.9, "momentum of sgd", least=0)
+    weight_decay: float = option(1e-6, "weight decay", least=0, most=1e12)
+    momentum: float = option(0.9, "momentum of sgd", least=0, most=10)
     scheduler: str = option(
         "none",
         "learning rate over epochs: times --lr_gamma every --lr_step epochs, cosine to 0, "
@@ -278,10 +279,10 @@ class GradientOptions(TrainingOptions):
         "times --lr_final, or constant",
         choices=("step", "cosine", "plateau", "exponential", "none"),
     )
-    lr_final: float = option(1e-3, "see --scheduler exponential", least=0)
+    lr_final: float = option(1e-3, "see --scheduler exponential", least=0, most=1e12)
     decay_bias: bool = option(True, "weight decay on biases too (not in denoisers, as published)")
-    lr_step: int = option(20, "see --scheduler, in epochs", least=1)
-    lr_gamma: float = option(0.1, "see --scheduler", least=0)
+    lr_step: int = option(20, "see --scheduler, in epochs", least=1, most=10**6)
+    lr_gamma: float = option(0.1, "see --scheduler", least=0, most=1e12)
 
 
 def build_optimizer(

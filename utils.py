@@ -13,8 +13,9 @@ import os
 import random
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 __all__ = [
@@ -49,8 +48,8 @@ __all__ = [
     "plot_growth",
     "plot_learning_curves",
     "read_tensor_file",
+    "read_text_file",
     "read_weights",
-    "rehearse",
     "save_checkpoint",
     "save_panels",
     "seed_everything",
@@ -185,15 +184,45 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
-def format_args(args: Mapping[str, Any]) -> str:
-    """Word arguments as one ``name: value`` per line, lists as JSON.
+MOST_TEXT = 2**30  # bytes
 
+
+def read_text_file(path: str | os.PathLike) -> str:
+    """Read a regular file of UTF-8 text.
+
+    Raises:
+        ValueError: If it is missing, no regular file (a pipe could wait for ever), or no text.
+    """
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is no regular file")
+        if found.st_size > MOST_TEXT:
+            raise OSError(
+                f"it has {found.st_size:,} bytes, and texts of up to {MOST_TEXT:,} are read"
+            )
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}.") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def format_args(args: Mapping[str, Any]) -> str:
+    """Word arguments as one ``name: value`` per line, lists and unusual strings as JSON.
+
+    A string is unusual if a plain line would not give it back: line breaks, blanks at its ends,
+    the word None, a quote at its beginning, characters that cannot be printed.
     :func:`parse_args_text` reads it back.
     """
     lines = []
     for name, value in args.items():
         if isinstance(value, list | tuple):
             value = json.dumps(list(value))
+        elif isinstance(value, str) and (
+            value == "None" or value[:1] == '"' or value != value.strip() or not value.isprintable()
+        ):
+            value = json.dumps(value)
         lines.append(f"{name}: {value}\n")
     return "".join(lines)
 
@@ -201,7 +230,7 @@ def format_args(args: Mapping[str, Any]) -> str:
 def parse_args_text(text: str) -> dict[str, str]:
     """Read ``name: value`` lines into strings; lines without a colon are ignored.
 
-    Lines that begin with a space or ``#`` are ignored as well.
+    Lines that begin with a space or ``#`` are ignored as well. What is written as JSON stays so.
     """
     values = {}
     for line in text.splitlines():
@@ -257,6 +286,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     checkpoint = read_tensor_file(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint or "args" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of this program (it lacks 'model' and 'args').")
+    for name in ("model", "args"):
+        if not isinstance(checkpoint[name], Mapping):
+            raise ValueError(f"{path} is no checkpoint of this program: '{name}' is no table.")
     return checkpoint
 
 
@@ -505,89 +537,6 @@ def compute_flops(model: nn.Module, inputs: Tensor) -> int:
     return counter.get_total_flops()
 
 
-class _ShapesOnly(TorchFunctionMode):
-    """Answer the usual functions of networks by the shape of their result, on the meta device.
-
-    PyTorch's own meta kernels would do, but loading them takes as long as importing torch. What is
-    not in the table is left to them.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        kwargs = kwargs or {}
-        rule = _SHAPE_RULES.get(getattr(function, "__name__", ""))
-        if rule is None or not (args and isinstance(args[0], Tensor) and args[0].is_meta):
-            return function(*args, **kwargs)
-        shape = rule(*args, **kwargs)
-        return torch.empty(shape, device="meta", dtype=args[0].dtype)
-
-
-def _same(x: Tensor, *_: Any, **__: Any) -> tuple[int, ...]:
-    return tuple(x.shape)
-
-
-def _broadcast(x: Tensor, y: Any, **_: Any) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(x.shape, y.shape if isinstance(y, Tensor) else ()))
-
-
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    *_: Any,
-    **__: Any,
-) -> tuple[int, ...]:
-    pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding)]
-    sides = [
-        (side + 2 * pad - kernel) // step + 1
-        for side, kernel, step, pad in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)
-    ]
-    return (x.shape[0], weight.shape[0], *sides)
-
-
-def _max_pool2d(x: Tensor, kernel_size: int, stride: int | None = None, *_: Any, **__: Any):
-    stride = stride or kernel_size
-    return (*x.shape[:2], *((side - kernel_size) // stride + 1 for side in x.shape[2:]))
-
-
-def _adaptive_pool(x: Tensor, output_size: Any) -> tuple[int, ...]:
-    pair = (output_size, output_size) if isinstance(output_size, int) else output_size
-    return (*x.shape[:2], *pair)
-
-
-_SHAPE_RULES: dict[str, Callable[..., tuple[int, ...]]] = {
-    "relu": _same,
-    "batch_norm": _same,
-    "add": _broadcast,
-    "__add__": _broadcast,
-    "conv2d": _conv2d,
-    "linear": lambda x, weight, bias=None: (*x.shape[:-1], weight.shape[0]),
-    "max_pool2d": _max_pool2d,
-    "boolean_dispatch": _max_pool2d,
-    "adaptive_avg_pool2d": _adaptive_pool,
-    "pixel_shuffle": lambda x, r: (x.shape[0], x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r),
-    "pixel_unshuffle": lambda x, r: (
-        *(x.shape[0], x.shape[1] * r**2),
-        *(x.shape[2] // r, x.shape[3] // r),
-    ),
-}
-
-
-def rehearse(model: nn.Module, shape: Sequence[int]) -> None:
-    """Run a network on the meta device, by shapes alone: what cannot work fails here, for free.
-
-    Args:
-        model: The network, built under ``torch.device("meta")``.
-        shape: Shape of one sample.
-
-    Raises:
-        ValueError: What the layers say of shapes that cannot work.
-    """
-    with torch.no_grad(), _ShapesOnly():
-        model.eval()(torch.empty(1, *shape, device="meta"))
-
-
 def describe_model(model: nn.Module, inputs: Tensor) -> str:
     """Describe a network: module tree, torchinfo summary, parameters, FLOPs of one forward pass.
 
@@ -618,45 +567,6 @@ def describe_model(model: nn.Module, inputs: Tensor) -> str:
         f"FLOPs of one forward pass on {tuple(inputs.shape)}: {flops:,} "
         "(a multiply-add counts as two)\n"
     )
-
-
-def psnr(images: Tensor, clean: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB, (B,), of images (B, C, H, W) in [0, 1].
-
-    10 log10(1 / (MSE + 1e-10)) over all pixels and channels; nothing is clipped.
-    """
-    error = (images.float() - clean.float()).square().flatten(1).mean(1)
-    return -10 * torch.log10(error + 1e-10)
-
-
-def ssim(images: Tensor, clean: Tensor, *, border: str = "zeros") -> Tensor:
-    """Return the structural similarity, (B,), of images (B, C, H, W) in [0, 1].
-
-    Gaussian window of 11×11, σ 1.5; C1 = 0.01², C2 = 0.03². "zeros" averages over the full map,
-    zeros around the image (the published denoising numbers); "valid" only where the window fits.
-    """
-    x = torch.cat((images, clean)).float()
-    at = torch.arange(11, device=x.device, dtype=x.dtype) - 5
-    window = torch.exp(-at.square() / (2 * 1.5**2))
-    window = window / window.sum()
-    b, channels = images.shape[:2]
-    padding = 5 if border == "zeros" else 0
-
-    def blur(maps: Tensor) -> Tensor:  # (n, C, H, W), separably
-        maps = maps.flatten(0, 1)[:, None]
-        maps = F.conv2d(maps, window.view(1, 1, 11, 1), padding=(padding, 0))
-        maps = F.conv2d(maps, window.view(1, 1, 1, 11), padding=(0, padding))
-        return maps.view(-1, channels, *maps.shape[-2:])
-
-    mean = blur(x)
-    squares = blur(x.square()) - mean.square()
-    mean_a, mean_b = mean[:b], mean[b:]
-    product = mean_a * mean_b
-    covariance = blur(x[:b] * x[b:]) - product
-    c1, c2 = 0.01**2, 0.03**2
-    result = (2 * product + c1) / (mean_a.square() + mean_b.square() + c1)
-    result = result * (2 * covariance + c2) / (squares[:b] + squares[b:] + c2)
-    return result.flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -719,82 +629,6 @@ def plot_learning_curves(
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-
-
-def plot_confusion(counts: Tensor, class_names: Sequence[str], path: str | os.PathLike) -> None:
-    """Draw how often samples of a class (row) are taken for each class (column).
-
-    Args:
-        counts: (C, C) numbers of samples.
-        class_names: Their names.
-        path: Where the PNG goes.
-    """
-    from matplotlib.figure import Figure
-
-    shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
-    classes = len(counts)
-    side = min(9.0, 2.5 + 0.42 * classes)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axis = figure.subplots()
-    # The square root makes rare confusions visible beside the diagonal.
-    image = axis.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
-    axis.set(xlabel="predicted", ylabel="true")
-    if classes <= 25:
-        axis.set_xticks(range(classes), class_names, rotation=90)
-        axis.set_yticks(range(classes), class_names)
-        for row in range(classes):
-            for column in range(classes):
-                if counts[row, column]:
-                    dark = shares[row, column] > 0.4
-                    axis.text(
-                        *(column, row, str(int(counts[row, column]))),
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if dark else "black",
-                    )
-    bar = figure.colorbar(image, ax=axis, shrink=0.7)
-    ticks = (0, 0.01, 0.1, 0.5, 1)
-    bar.set_ticks([t**0.5 for t in ticks], labels=[f"{100 * t:g}%" for t in ticks])
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-
-
-def plot_neighbors(
-    rows: Sequence[Sequence[tuple[Tensor, str, bool | None]]], path: str | os.PathLike
-) -> None:
-    """Draw queries, each with its neighbors in a row.
-
-    Args:
-        rows: For every query the query itself and its neighbors: image (C, H, W) in [0, 1],
-            caption, and whether its class is right (None for the query).
-        path: Where the PNG goes.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(11)
-    height, width = rows[0][0][0].shape[-2:]
-    zoom = max(1, -(-56 // max(height, width)))
-    cell, line = (width * zoom + 10, height * zoom + 24), 16
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    colors = {None: "black", True: "green", False: "red"}
-    for y, row in enumerate(rows):
-        for x, (image, caption, right) in enumerate(row):
-            picture = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-            picture = picture.expand(3, -1, -1) if len(picture) == 1 else picture[:3]
-            tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-            tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-            left, top = x * cell[0] + 5, y * cell[1] + line
-            box = (left - 2, top - 2, left + tile.width + 1, top + tile.height + 1)
-            draw.rectangle(box, outline=colors[right], width=2)
-            sheet.paste(tile, (left, top))
-            while caption and draw.textlength(caption, font) > cell[0] - 4:
-                caption = caption[:-1]
-            draw.text((left, top - line), caption, fill=colors[right], font=font)
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
 
 
 def plot_growth(rows: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:

@@ -22,6 +22,7 @@ class ConvOptions(Options):
         3,
         "side of the window of Conv2d, Conv2d_New and the convolution branch; odd",
         least=1,
+        most=255,
     )
 
     def __post_init__(self) -> None:

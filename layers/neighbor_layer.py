@@ -30,12 +30,13 @@ MAGNITUDE_TYPES = ("cosine", "euclidean")
 
 @dataclass(frozen=True)
 class _Taps(Options):
-    K: int = option(9, "number of neighbors, the position itself included", least=1)
+    K: int = option(9, "number of neighbors, the position itself included", least=1, most=10**6)
     padding: int = option(
         1,
         "width of the border of zeros whose positions are candidates too (neighbor layers); "
         "convolutions always keep the size of the map",
         least=0,
+        most=1024,
     )
 
 

@@ -35,7 +35,9 @@ class ShuffleOptions(Options):
         choices=SHUFFLE_PATTERNS,
         when=_SHUFFLED,
     )
-    shuffle_scale: int = option(0, "factor of the shuffle; 0 is off", least=0, when=_SHUFFLED)
+    shuffle_scale: int = option(
+        0, "factor of the shuffle; 0 is off", least=0, when=_SHUFFLED, most=64
+    )
 
     def __post_init__(self) -> None:
         """Refuse a shuffle without a scale."""

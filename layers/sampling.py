@@ -45,12 +45,14 @@ class SamplingOptions(Options):
         "candidates of random sampling, or side of the grid of spatial sampling; "
         "-1 with --sampling_type all",
         when={"sampling_type": ("random", "spatial")},
+        most=10**6,
     )
     sample_padding: int = option(
         0,
         "distance of the spatial grid from the border, in positions",
         least=0,
         when={"sampling_type": ("spatial",)},
+        most=1024,
     )
 
     def __post_init__(self) -> None:

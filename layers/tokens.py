@@ -51,7 +51,7 @@ class TokenOptions(Options):
 class KvtOptions(TokenOptions):
     """How many tokens are looked at."""
 
-    K: int = option(9, "tokens that each token looks at", least=1)
+    K: int = option(9, "tokens that each token looks at", least=1, most=10**6)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class NeighborhoodOptions(KvtOptions):
 class LocalOptions(TokenOptions):
     """Windows over the sequence."""
 
-    window_size: int = option(128, "tokens of a window of LocalAttention", least=1)
+    window_size: int = option(128, "tokens of a window of LocalAttention", least=1, most=10**6)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ class BranchAttentionOptions(ConvNNAttentionOptions):
 class BranchConvOptions(BranchAttentionOptions):
     """ConvNN attention beside a convolution along the sequence."""
 
-    kernel_size: int = option(9, "width of the convolution along the sequence; odd", least=1)
+    kernel_size: int = option(
+        9, "width of the convolution along the sequence; odd", least=1, most=255
+    )
 
 
 def check_heads(width: int, num_heads: int) -> None:

@@ -27,7 +27,9 @@ BLOCKS = {
 class DenseNetOptions(WidthOptions):
     """How a network grows."""
 
-    growth: int = option(32, "channels that each layer of a DenseNet adds, before --width", least=1)
+    growth: int = option(
+        32, "channels that each layer of a DenseNet adds, before --width", least=1, most=10**6
+    )
 
 
 class DenseLayer(nn.Module):

@@ -26,8 +26,8 @@ class DnCNNOptions(Options):
     """One denoising CNN."""
 
     title = "Denoising networks (dncnn, n3net)"
-    depth: int = option(17, "convolutions of (each) DnCNN", least=2)
-    features: int = option(64, "channels inside a DnCNN", least=1)
+    depth: int = option(17, "convolutions of (each) DnCNN", least=2, most=100)
+    features: int = option(64, "channels inside a DnCNN", least=1, most=10**10)
     batch_norm: bool = option(True, "batch norm in the DnCNNs")
     residual: bool = option(True, "add the input of a DnCNN to its output")
     bn_momentum: float = option(
@@ -37,6 +37,7 @@ class DnCNNOptions(Options):
         kind=float,
         least=0,
         fixed=False,
+        most=1,
     )
 
 

@@ -28,20 +28,20 @@ class DynamicOptions(Options):
     """Which centers vote how, and when one is added."""
 
     title = "Growing networks (--model dynamic)"
-    K: int = option(9, "voters of --predictor knn", least=1)
+    K: int = option(9, "voters of --predictor knn", least=1, most=10**6)
     kernel_type: str = option(
         "cosine",
         "what weight a center has at a distance; cosine and dot compare directions, "
         "influence_cone sees only centers near the nearest one",
         choices=KERNELS,
     )
-    epsilon: float = option(1e-6, "added to every distance, > 0")
+    epsilon: float = option(1e-6, "added to every distance, > 0", most=1e12)
     exponent: float = option(
         -4.0, "the weight is distance to this power, < 0 (all kernels but influence_cone)"
     )
-    scales: int = option(4, "levels of euclidean_pyramid")
+    scales: int = option(4, "levels of euclidean_pyramid", most=64)
     influence_cone_factor: float = option(
-        2.0, "reach of influence_cone in distances of the nearest center, > 1"
+        2.0, "reach of influence_cone in distances of the nearest center, > 1", most=1e12
     )
     predictor: str = option(
         "interp",
@@ -51,10 +51,12 @@ class DynamicOptions(Options):
     target_accuracy: float = option(
         0.9, "share of a batch, in (0, 1], from which on it is not gone over again"
     )
-    max_count: int = option(3, "times a batch is gone over at most")
-    max_neighbors: int = option(100_000, "most centers of each layer")
-    num_layers: int = option(1, "layers, grown one after the other")
-    splits: int = option(1, "parts of a layer's centers whose class scores the next layer sees")
+    max_count: int = option(3, "times a batch is gone over at most", most=10**6)
+    max_neighbors: int = option(100_000, "most centers of each layer", most=10**8)
+    num_layers: int = option(1, "layers, grown one after the other", most=1000)
+    splits: int = option(
+        1, "parts of a layer's centers whose class scores the next layer sees", most=1000
+    )
 
 
 class DynamicNetwork(nn.Module):

@@ -35,7 +35,12 @@ class KNNOptions(Options):
 
     title = "K nearest neighbors (--model knn; --K and --magnitude_type are above)"
     K: int = option(
-        1, "number of neighbors; several at once: 1,3,5", least=1, several="commas", fixed=False
+        1,
+        "number of neighbors; several at once: 1,3,5",
+        least=1,
+        several="commas",
+        fixed=False,
+        most=10**6,
     )
     magnitude_type: str = option(
         "cosine", "metric", choices=METRICS, argument="metric", fixed=False

@@ -34,9 +34,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 class N3NetOptions(DnCNNOptions):
     """DnCNNs and the nonlocal blocks between them."""
 
-    depth: int = option(6, "convolutions of (each) DnCNN", least=2)
-    num_blocks: int = option(2, "n3net: nonlocal blocks; 1 is light", least=0)
-    block_channels: int = option(8, "n3net: channels into a block", least=1)
+    depth: int = option(6, "convolutions of (each) DnCNN", least=2, most=100)
+    num_blocks: int = option(2, "n3net: nonlocal blocks; 1 is light", least=0, most=20)
+    block_channels: int = option(8, "n3net: channels into a block", least=1, most=10**10)
     nonlocal_block: str = option(
         "n3",
         "n3net: neural, hard or stochastic nearest neighbors, or nothing, between the DnCNNs",
@@ -48,13 +48,13 @@ class N3NetOptions(DnCNNOptions):
         "the output of the DnCNN before; not given: embedding, for knn dncnn",
         choices=("embedding", "input", "dncnn"),
     )
-    num_volumes: int = option(7, "n3net: neighbors of a patch", least=1)
-    patch_size: int = option(10, "n3net: side of a patch, in pixels", least=1)
-    patch_stride: int = option(5, "n3net: step between patches", least=1)
-    window: int = option(15, "n3net: side of the window, in patches; odd", least=1)
-    embed_channels: int = option(8, "n3net: channels of the embedding", least=1)
-    embed_features: int = option(64, "n3net: channels on the way there", least=1)
-    embed_depth: int = option(3, "n3net: convolutions on the way there", least=1)
+    num_volumes: int = option(7, "n3net: neighbors of a patch", least=1, most=10**4)
+    patch_size: int = option(10, "n3net: side of a patch, in pixels", least=1, most=255)
+    patch_stride: int = option(5, "n3net: step between patches", least=1, most=255)
+    window: int = option(15, "n3net: side of the window, in patches; odd", least=1, most=255)
+    embed_channels: int = option(8, "n3net: channels of the embedding", least=1, most=10**10)
+    embed_features: int = option(64, "n3net: channels on the way there", least=1, most=10**10)
+    embed_depth: int = option(3, "n3net: convolutions on the way there", least=1, most=100)
     temperature: str = option(
         "image",
         "n3net: temperature of n3 blocks: a network's for every patch, one number, or fixed",
@@ -64,6 +64,7 @@ class N3NetOptions(DnCNNOptions):
         0.1,
         "n3net: its logarithm is added to the log temperature; 0 adds nothing",
         least=0,
+        most=1e12,
     )
     temp_pool: str = option(
         "average",

@@ -23,8 +23,10 @@ __all__ = ["UNet"]
 class UNetOptions(WidthOptions):
     """Size of the network."""
 
-    channels: int = option(32, "channels of the first level of a U-Net, before --width", least=1)
-    num_levels: int = option(4, "poolings of a U-Net", least=1)
+    channels: int = option(
+        32, "channels of the first level of a U-Net, before --width", least=1, most=10**6
+    )
+    num_levels: int = option(4, "poolings of a U-Net", least=1, most=16)
 
 
 class DoubleLayer(nn.Sequential):

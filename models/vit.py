@@ -26,13 +26,19 @@ class ViTOptions(Options):
     """Size and parts of the transformer."""
 
     title = "Vision transformers (vit, vit_tiny, vit_small)"
-    patch_size: int = option(16, "side of the patches that become tokens", least=1)
+    patch_size: int = option(16, "side of the patches that become tokens", least=1, most=4096)
     num_layers: int = option(
-        None, "blocks of a transformer; not given: as its name says", kind=int, least=1
+        None, "blocks of a transformer; not given: as its name says", kind=int, least=1, most=1000
     )
-    num_heads: int = option(None, "heads; not given: as the name says", kind=int, least=1)
-    d_hidden: int = option(None, "width; not given: as the name says", kind=int, least=1)
-    d_mlp: int = option(None, "width of the MLPs; not given: as the name says", kind=int, least=1)
+    num_heads: int = option(
+        None, "heads; not given: as the name says", kind=int, least=1, most=10**6
+    )
+    d_hidden: int = option(
+        None, "width; not given: as the name says", kind=int, least=1, most=10**6
+    )
+    d_mlp: int = option(
+        None, "width of the MLPs; not given: as the name says", kind=int, least=1, most=10**6
+    )
     dropout: float = option(0.1, "dropout after attention and in MLPs", least=0, below=1)
     pos_encoding: str = option(
         "sine", "position code: fixed waves (published), or learned", choices=("sine", "learned")

@@ -12,7 +12,7 @@ class WidthOptions(Options):
     """How wide a network is."""
 
     title = "Width (VGG, ResNet, DenseNet, U-Net)"
-    width: float = option(1.0, "factor of the channels of a network's layers", above=0)
+    width: float = option(1.0, "factor of the channels of a network's layers", above=0, most=1000)
 
 
 def scaled(channels: int, width: float) -> int:

@@ -5,7 +5,8 @@ the first one by default, its builder, its options, and what is known of it befo
 A new task is a file and a row, a new data set a builder and a row.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dataset import (
@@ -62,40 +63,35 @@ def _labelled(
     return DatasetEntry(("classification",), build, ImageOptions, shape, num_classes)
 
 
-_MNIST_FILES = tuple(
-    f"{part}-{kind}-ubyte.gz"
-    for part in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-)
+def _torchvision(
+    name: str,
+    class_name: str,
+    files: Sequence[str],
+    shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    flip: bool,
+) -> DatasetEntry:
+    build = torchvision_builder(name, class_name, files, shape, flip=flip)
+    return _labelled(build, shape, num_classes)
+
+
+def _idx_files(folder: str) -> list[str]:
+    parts = itertools.product(("train", "t10k"), ("images-idx3", "labels-idx1"))
+    return [f"{folder}/raw/{part}-{kind}-ubyte.gz" for part, kind in parts]
+
 
 DATASETS: dict[str, DatasetEntry] = {
-    "cifar10": _labelled(
-        torchvision_builder("cifar10", "CIFAR10", ["cifar-10-python.tar.gz"], flip=True),
-        (3, 32, 32),
-        10,
+    "cifar10": _torchvision(
+        "cifar10", "CIFAR10", ["cifar-10-python.tar.gz"], (3, 32, 32), 10, flip=True
     ),
-    "cifar100": _labelled(
-        torchvision_builder("cifar100", "CIFAR100", ["cifar-100-python.tar.gz"], flip=True),
-        (3, 32, 32),
-        100,
+    "cifar100": _torchvision(
+        "cifar100", "CIFAR100", ["cifar-100-python.tar.gz"], (3, 32, 32), 100, flip=True
     ),
     "imagenet": _labelled(build_imagenet, (3, 224, 224), 1000),
-    "mnist": _labelled(
-        torchvision_builder(
-            "mnist", "MNIST", [f"MNIST/raw/{file}" for file in _MNIST_FILES], flip=False
-        ),
-        (1, 28, 28),
-        10,
-    ),
-    "fashionmnist": _labelled(
-        torchvision_builder(
-            "fashionmnist",
-            "FashionMNIST",
-            [f"FashionMNIST/raw/{file}" for file in _MNIST_FILES],
-            flip=True,
-        ),
-        (1, 28, 28),
-        10,
+    "mnist": _torchvision("mnist", "MNIST", _idx_files("MNIST"), (1, 28, 28), 10, flip=False),
+    "fashionmnist": _torchvision(
+        "fashionmnist", "FashionMNIST", _idx_files("FashionMNIST"), (1, 28, 28), 10, flip=True
     ),
     "digits": _labelled(build_digits, (1, 8, 8), 10),
     "imagefolder": _labelled(build_imagefolder),

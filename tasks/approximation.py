@@ -63,7 +63,10 @@ class ApproximationOptions(Options):
 
     title = "Approximation"
     tolerance: float = option(
-        0.05, "distance in RGB, [0, 1], from which on a pixel counts as wrong", fixed=True
+        0.05,
+        "distance in RGB, [0, 1], from which on a pixel counts as wrong",
+        fixed=True,
+        most=1000,
     )
 
 

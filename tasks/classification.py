@@ -24,6 +24,8 @@ __all__ = [
     "plot_neighbors",
 ]
 
+MOST_DRAWN = 2000  # classes in a confusion matrix; it is held and drawn as a square
+
 
 @dataclass
 class NeighborReport:
@@ -194,8 +196,11 @@ class ClassificationTask(Task):
     ) -> None:
         """Draw the confusion matrix, and some queries with their neighbors, right and wrong."""
         K, names = model.chosen, data.class_names or tuple(map(str, range(data.num_outputs)))
-        confusion = report.confusion(K, data.num_outputs)
-        plot_confusion(confusion, names, run.file("confusion.png"))
+        if data.num_outputs <= MOST_DRAWN:
+            confusion = report.confusion(K, data.num_outputs)
+            plot_confusion(confusion, names, run.file("confusion.png"))
+        else:
+            print(f"note: {data.num_outputs:,} classes are too many to draw a confusion.png of.")
         if "pictures" in data.extra:  # samples are features: load the same ones as pictures
             data = data.extra["pictures"]()
         if len(data.sample_shape) != 3:

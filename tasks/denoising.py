@@ -20,7 +20,7 @@ __all__ = ["DenoisingOptions", "DenoisingTask"]
 class DenoisingOptions(RestorationOptions):
     """The noise, and what all restoration takes."""
 
-    sigma: float = option(25.0, "standard deviation of noise, on 0-255; > 0", above=0)
+    sigma: float = option(25.0, "standard deviation of noise, on 0-255; > 0", above=0, most=10_000)
 
 
 class DenoisingTask(RestorationTask):

@@ -6,7 +6,6 @@ References:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from dataset import Data, DataError
 from options import Options, option
 from tasks.task import Finding, Task
-from utils import RunFolder, write_text
+from utils import RunFolder, read_text_file, write_text
 
 __all__ = [
     "LanguageTask",
@@ -107,9 +106,9 @@ def read_text(path: str, flag: str) -> str:
         flag: The flag that named it, for messages.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
+        return read_text_file(path)
+    except ValueError as error:
+        raise DataError(f"{flag}: {error}") from error
 
 
 def build_text(
@@ -217,7 +216,7 @@ class TextOptions(Options):
     title = "Text (--dataset text)"
     text_path: str = option(None, "training text (default: Python's help)", kind=str)
     test_text_path: str = option(None, "test text (default: last tenth of --text_path)", kind=str)
-    num_features: int = option(10, "characters that are looked at", least=1)
+    num_features: int = option(10, "characters that are looked at", least=1, most=1000)
     text_encoding: str = option(
         "ascii",
         "a character is its code (published), or a column of its own",
@@ -237,9 +236,12 @@ class LanguageOptions(Options):
 
     title = "Language: generated text"
     text_prompt: str = option(None, "text to go on with, after training or --test_only", kind=str)
-    text_prediction_length: int = option(100, "characters to add to it", least=0)
+    text_prediction_length: int = option(100, "characters to add to it", least=0, most=10**6)
     text_temperature: float = option(
-        1.0, "below 1 more certain, above 1 more varied; 0 takes the best character", least=0
+        1.0,
+        "below 1 more certain, above 1 more varied; 0 takes the best character",
+        least=0,
+        most=1000,
     )
 
     @classmethod

@@ -257,21 +257,26 @@ class RestorationOptions(Options):
 
     title = "Restoration: data, loss, evaluation"
     color: bool = option(False, "three channels; without it gray (luma)", fixed=True)
-    crop_size: int = option(80, "side of training crops, in pixels", least=1)
+    crop_size: int = option(80, "side of training crops, in pixels", least=1, most=4096)
     crops_per_image: int = option(
         128,
         "crops of each training image in an epoch, flipped and turned by 90 degrees at random",
         least=1,
+        most=10**6,
     )
     loss_reduction: str = option(
         "sum",
         "squared error: half the sum over an image times --loss_scale (published), or mean",
         choices=("sum", "mean"),
     )
-    loss_scale: float = option(0.25, "see --loss_reduction", least=0)
-    tile: int = option(0, "evaluate by tiles of this side; 0: whole", least=0)
+    loss_scale: float = option(0.25, "see --loss_reduction", least=0, most=1e12)
+    tile: int = option(0, "evaluate by tiles of this side; 0: whole", least=0, most=8192)
     tile_overlap: int = option(
-        None, "pixels that tiles share; not given: 64, or half a small tile", kind=int, least=0
+        None,
+        "pixels that tiles share; not given: 64, or half a small tile",
+        kind=int,
+        least=0,
+        most=8192,
     )
     save_images: bool = option(False, "draw degraded, restored and clean test images side by side")
     input: str = option(None, "with --test_only: restore this picture", metavar="FILE", of_run=True)

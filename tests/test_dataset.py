@@ -1,7 +1,11 @@
 """Datasets: embedded, npz, folders of images, torchvision's files; their errors; loaders."""
 
 import gzip
+import io
+import os
 import re
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -194,6 +198,97 @@ def test_missing_and_damaged_npz(tmp_path):
             load_data("npz", data_path=str(path), **OPTIONS)
 
 
+def write_archive(path, **members):
+    """Write members as they are: arrays, or bytes of a .npy file."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, member in members.items():
+            if not isinstance(member, bytes):
+                file = io.BytesIO()
+                np.save(file, member)
+                member = file.getvalue()
+            archive.writestr(f"{name}.npy", member)
+
+
+def header(shape, dtype="|u1"):
+    """Return the head of a .npy file that says what it likes."""
+    file = io.BytesIO()
+    content = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_train": np.array([0] * 11 + [10**9])}, r"name 1,000,000,001 classes, .* 16 samples"),
+        ({"class_names": np.array("all")}, r"class_names must be a list of names.*\(\)"),
+        ({"class_names": np.zeros((3, 2))}, "class_names must be a list of names"),
+        ({"class_names": np.array([None, {}])}, "holds Python objects"),
+        ({"x_train": np.zeros((12, 0, 0, 3), np.uint8)}, "is 0x0: it has no pixels"),
+        ({"x_train": header((10**12, 6, 5, 3))}, "speaks of uint8 .* and the file has 0 bytes"),
+        ({"x_train": header((-12, 6, 5, 3))}, "speaks of uint8"),
+        ({"y_train": header((2**62, 2**62), "<i8")}, "speaks of int64"),
+        ({"x_train": b"\x93NUMPY\x01\x00\xff\xff"}, "damaged"),
+        ({"x_train": b"\x93NUMPY\x01\x00\x06\x00((((\n "}, "the header of x_train.npy"),
+        ({"x_train": b"\x93NUMPY\x09\x00"}, "unknown version"),
+        ({"x_train": b""}, "damaged"),
+        ({"y_test": np.array([0, 1, 2, 2**63], np.uint64)}, r"name 9,223.* classes"),
+        ({"x_test": np.zeros((4, 1, 2**27, 1), np.uint8)}, "pictures of up to 67,108,864 are read"),
+    ],
+)
+def test_hostile_npz(tmp_path, changes, message):
+    path = tmp_path / "hostile.npz"
+    arrays = {
+        "x_train": np.zeros((12, 6, 5, 3), np.uint8),
+        "y_train": np.arange(12) % 3,
+        "x_test": np.zeros((4, 6, 5, 3), np.uint8),
+        "y_test": np.arange(4) % 3,
+    }
+    write_archive(path, **{**arrays, **changes})
+    with pytest.raises(DataError, match=message):
+        load_data("npz", data_path=str(path), **OPTIONS)
+
+
+def test_an_array_named_npz(tmp_path):
+    path = tmp_path / "a.npz"
+    with open(path, "wb") as file:
+        np.save(file, np.zeros((3, 4)))
+    with pytest.raises(DataError, match=r"damaged, or no \.npz file"):
+        load_data("npz", data_path=str(path), **OPTIONS)
+
+
+def test_members_nobody_asked_for_stay_packed(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    arrays = {
+        "x_train": np.asfortranarray(np.arange(12 * 90).astype(np.uint8).reshape(12, 6, 5, 3)),
+        "y_train": np.arange(12, dtype=">i2") % 3,
+        "x_test": np.zeros((4, 6, 5, 3), np.uint8),
+        "y_test": np.arange(4) % 3,
+    }
+    write_archive(path, **arrays, bomb=bytes(10**6), objects=np.array([{}]))
+    opened = []
+    original = zipfile.ZipFile.open
+
+    def watched(self, name, *args, **kwargs):
+        opened.append(name.filename)
+        return original(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", watched)
+    data = load_data("npz", data_path=str(path), **(OPTIONS | {"normalize": False}))
+    assert set(opened) == {f"{name}.npy" for name in arrays}
+    image, label = data.train[7]
+    np.testing.assert_allclose(image * 255, arrays["x_train"][7].transpose(2, 0, 1), rtol=1e-6)
+    assert label == 1
+
+
+def test_more_than_the_memory_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    write_npz(path)
+    monkeypatch.setattr(dataset, "memory_size", lambda device: 1000)
+    with pytest.raises(DataError, match=r"this machine has 0\.0 GB"):
+        load_data("npz", data_path=str(path), **OPTIONS)
+
+
 # ---------------------------------------------------------------------------------------------
 # Folders
 
@@ -257,6 +352,108 @@ def test_imagenet_missing(tmp_path):
         load_data("imagenet", data_path=str(tmp_path), **OPTIONS)
 
 
+def bomb(height, width):
+    """Return a PNG file that speaks of more pixels than it holds."""
+
+    def chunk(kind, content):
+        return (
+            len(content).to_bytes(4, "big")
+            + kind
+            + content
+            + zlib.crc32(kind + content).to_bytes(4, "big")
+        )
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    body = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+
+
+def spoil(path, how):
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "device":
+        path.symlink_to("/dev/zero")
+    elif how == "folder":
+        path.mkdir()
+    elif how == "gone":
+        path.symlink_to("nowhere")
+    else:
+        content = {
+            "huge": bomb(50_000, 50_000),
+            "large": bomb(13_000, 13_000),
+            "empty": bomb(0, 0),
+            "short": bomb(300, 300),
+            "narrow": bomb(1, 2**20),
+            "text": b"no image",
+            "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        }
+        path.write_bytes(content[how])
+
+
+SPOILT = {
+    "pipe": "no regular file",
+    "device": "no regular file",
+    "huge": "cannot be read as an image: .*2500000000 pixels",
+    "large": r"is 13000x13000, 169,000,000 pixels, and pictures of up to 67,108,864 are read",
+    "empty": "cannot be read as an image|has no pixels",
+    "short": "cannot be read as an image",
+    "narrow": r"is 1x1048576, so narrow that it would be 18x18874368",
+    "text": "cannot be read as an image",
+    "program": "cannot be read as an image",
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", SPOILT)
+def test_spoilt_images_in_class_folders(tmp_path, how, workers):
+    if workers and how not in ("pipe", "large"):
+        pytest.skip("two kinds in a loading process are enough")
+    make_folders(tmp_path, classes=("cat", "dog"))
+    spoil(tmp_path / "test/cat/1.png", how)
+    data = load_data("imagefolder", data_path=str(tmp_path), **(OPTIONS | {"resize": 16}))
+    with pytest.raises(DataError, match=SPOILT[how]) as failure:
+        list(build_loader(data.test, batch_size=2, num_workers=workers))
+    message = str(failure.value)
+    assert message.startswith(str(tmp_path / "test/cat/1.png"))
+    assert "Traceback" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("how", [*SPOILT, "gone", "folder"])
+def test_spoilt_pictures(tmp_path, how):
+    make_folders(tmp_path, classes=("cat",))
+    path = tmp_path / "test/cat/1.png"
+    spoil(path, how)
+    if how == "narrow":  # nothing is resized here: half a picture stays half a picture
+        message = "cannot be read as an image"
+    else:
+        message = SPOILT.get(how, "cannot be read as an image")
+    with pytest.raises(DataError, match=message):
+        dataset.read_image(path, color=False)
+    # What is no file is no picture of a folder; everything else is refused by name.
+    if how in ("pipe", "device", "gone", "folder"):
+        _, names, _ = dataset.read_image_folders([str(path.parent)], True, "--test_dir")
+        assert names == ["cat/0.png", "cat/2.png"]
+    else:
+        with pytest.raises(DataError, match=r"1\.png"):
+            dataset.read_image_folders([str(path.parent)], True, "--test_dir")
+
+
+def test_pixels_are_those_of_whole_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (700, 1900, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    luma = np.round(pixels @ np.array(dataset.LUMA)).clip(0, 255).astype(np.uint8)
+    image, changed = dataset.read_image(tmp_path / "a.png", color=False)
+    assert changed
+    np.testing.assert_array_equal(image[0], luma)
+    deep = rng.integers(0, 65536, (700, 1900), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "b.png")
+    image, _ = dataset.read_image(tmp_path / "b.png", color=False)
+    np.testing.assert_array_equal(image[0], np.round(deep * (255 / 65535)).astype(np.uint8))
+
+
 # ---------------------------------------------------------------------------------------------
 # torchvision
 
@@ -279,6 +476,44 @@ def test_mnist_from_files_on_disk(tmp_path, name, folder):
     assert (len(data.train), len(data.test)) == (30, 10)
     assert data.sample_shape == (1, 28, 28)
     assert data.train[3][1] == 3
+
+
+def write_idx(path, array, kind=8, shape=None):
+    shape = array.shape if shape is None else shape
+    head = bytes([0, 0, kind, len(shape)]) + np.array(shape, ">u4").tobytes()
+    path.write_bytes(head + array.tobytes())
+
+
+IMAGES = np.zeros((30, 28, 28), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "details", "message"),
+    [
+        ("labels-idx1", np.zeros(20, np.uint8), {}, "30 images and 20 labels"),
+        ("labels-idx1", np.full(30, 255, np.uint8), {}, "labels in 255 … 255, and there are 10"),
+        ("labels-idx1", np.zeros((30, 1), np.uint8), {}, "could not be read"),
+        ("labels-idx1", np.zeros(30, ">f4"), {"kind": 13}, "could not be read"),
+        ("images-idx3", np.zeros((30, 28, 28), ">f4"), {"kind": 13}, "could not be read"),
+        ("images-idx3", IMAGES, {"kind": 10}, "could not be read"),
+        ("images-idx3", IMAGES, {"shape": (2**31, 28, 28)}, "could not be read"),
+        ("images-idx3", IMAGES, {"shape": (0, 28, 28)}, "could not be read"),
+        ("images-idx3", np.zeros((0, 28, 28), np.uint8), {}, "0 images|could not be read"),
+        ("images-idx3", np.zeros((30, 5, 28), np.uint8), {}, r"images of \(1, 5, 28\)"),
+        ("images-idx3", np.zeros((30, 0, 0), np.uint8), {}, "no pixels|could not be read"),
+    ],
+)
+def test_hostile_idx(tmp_path, monkeypatch, kind, array, details, message):
+    import torchvision
+
+    def no_network(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", no_network)
+    write_mnist(tmp_path / "MNIST/raw")
+    write_idx(tmp_path / f"MNIST/raw/train-{kind}-ubyte", array, **details)
+    with pytest.raises(DataError, match=message):
+        load_data("mnist", data_path=str(tmp_path), **OPTIONS)
 
 
 def test_damaged_mnist(tmp_path):

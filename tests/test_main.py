@@ -1,6 +1,7 @@
 """The command line: flags, checks, run folders, resuming, replaying, testing only."""
 
 import csv
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import main as program
 import train_eval
 import trainers
+from dataset import Data, DataError, FeatureArray, inspect_data
 from layers import LAYERS
 from main import build_parser, main
 from models import MODELS
@@ -232,6 +236,66 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_checked_data_are_counted_and_nothing_is_written(run, tmp_path, capsys):
+    result = run("--check_data", "--val_split", 0.2, "--limit_train", 50, "--limit_test", 30)
+    assert {name: sum(counts) for name, counts in result["counts"].items()} == {
+        "train": 40,
+        "val": 10,
+        "test": 30,
+    }
+    labels = load_digits().target
+    first = [labels[i] for i in range(len(labels)) if i % 5 == 4][:30]
+    assert result["counts"]["test"] == np.bincount(first, minlength=10).tolist()
+    text = capsys.readouterr().out
+    assert "test: 30 samples of 10 classes: 0: " in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_class_folders(names, count=3):
+    for part in ("train", "test"):
+        for name in names:
+            Path(part, name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20, 20)).save(Path(part, name, f"{i}.png"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_check_data_names_every_broken_image(run, refused, tmp_path, workers):
+    write_class_folders(["cat", "dog"])
+    flags = ("--data_path", ".", "--resize", 16, "--check_data", "--num_workers", workers)
+    assert run(*flags, dataset="imagefolder")["counts"]["train"] == [3, 3]
+    Path("train/cat/1.png").write_bytes(b"no image")
+    Path("test/dog/0.png").unlink()
+    os.mkfifo("test/dog/0.png")
+    code, text = refused(run, *flags, dataset="imagefolder")
+    assert code == 2
+    assert text.count("error:") == 1
+    assert "2 of 12 samples cannot be used" in text
+    assert "train/cat/1.png cannot be read as an image" in text
+    assert "test/dog/0.png cannot be read as an image: it is no regular file" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset"), [("dncnn", "photos"), ("dynamic", "text"), ("knn", "digits")]
+)
+def test_data_of_every_task_can_be_checked(run, capsys, model, dataset):
+    result = run("--check_data", "--limit_train", 9, model=model, dataset=dataset)
+    assert result["output_dir"] is None
+    assert "train: 9 samples" in capsys.readouterr().out
+
+
+def test_labels_out_of_range_and_strange_numbers_are_found():
+    x = torch.zeros(4, 2)
+    x[1, 0] = float("nan")
+    array = FeatureArray(x, torch.tensor([0, 1, 2, -1]))
+    data = Data("made", "classification", array, array, (2,), 2)
+    with pytest.raises(DataError, match="6 of 8 samples cannot be used") as failure:
+        inspect_data(data)
+    assert "sample 1 of train holds numbers that are not finite" in str(failure.value)
+    assert "sample 2 of test has the label 2, and there are 2 classes" in str(failure.value)
+
+
 def test_overwrite_replaces(run):
     run("--output_dir", "run", "--num_epochs", 2)
     run("--output_dir", "run", "--num_epochs", 1, "--overwrite")
@@ -321,6 +385,22 @@ def test_bad_flags_are_refused(run, refused, tmp_path, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--features", "60000"),
+            r"486,002,940,001 parameters.*7,776.0 GB.*the device has [\d.]+ GB",
+        ),
+        (("--features", "4000000000"), "cannot be built on any machine"),
+    ],
+)
+def test_more_parameters_than_memory_are_refused(refused, flags, message):
+    code, text = refused(main, ["--model", "dncnn", "--device", "cpu", *flags])
+    assert code == 2
+    assert re.search(message, text), text
+
+
 def test_vgg_refuses_a_small_resize(run, refused):
     code, text = refused(run, "--resize", 16, model="vgg11")
     assert code == 2
@@ -368,6 +448,58 @@ def test_a_damaged_checkpoint_is_refused(run, refused):
     torch.save({"weights": torch.zeros(1)}, "other.pt")
     argv = ["--test_only", "--checkpoint", "other.pt", "--device", "cpu"]
     assert "no checkpoint of this program" in refused(main, argv)[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"K": "9"},
+        {"layer": 5},
+        {"model": ["tiny"]},
+        {"dataset": None},
+        {"task": 3},
+        {"batch_size": 0},
+        {"batch_size": None},
+        {"lr": "fast"},
+        {"seed": 10**20},
+        {"augment": "yes"},
+        {"val_split": float("nan")},
+    ],
+)
+@pytest.mark.parametrize("flag", ["--test_only", "--resume", "--pretrained"])
+def test_wrong_arguments_in_a_checkpoint_are_refused(run, refused, flag, changes, tmp_path):
+    names = ("model", "layer", "dataset", "K")
+    stored = dict(zip(names, ("tiny", "Conv2d", "digits", 9), strict=True)) | changes
+    weights = {"classifier.bias": torch.zeros(10)}
+    torch.save({"format": 1, "model": weights, "args": stored}, "a.pt")
+    files = ["a.pt"] if flag == "--pretrained" else ["--checkpoint", "a.pt"]
+    code, text = refused(main, [flag, *files, "--device", "cpu"])
+    assert code == 2
+    assert text.count("error:") == 1
+    assert "a.pt cannot be used: its argument" in text
+    assert next(iter(changes)) in text
+
+
+def test_a_prompt_of_two_lines_is_repeated(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    prompt = " He said:\nK: 3\n# or\n"
+    argv = ["--model", "dynamic", "--dataset", "text", "--limit_train", "300", "--device", "cpu"]
+    argv += ["--limit_test", "20", "--text_prediction_length", "5"]
+    first = main([*argv, "--text_prompt", prompt])
+    again = main(["--config", f"{first['output_dir']}/args.txt", "--device", "cpu"])
+    assert again["generated"] == first["generated"]
+    assert first["generated"].startswith(prompt)
+
+
+def test_a_checkpoint_of_rows_that_are_gone_is_refused(run, refused):
+    run("--output_dir", "run", "--num_epochs", 1)
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    checkpoint["args"]["model"] = "gone"
+    torch.save(checkpoint, "gone.pt")
+    argv = ["--test_only", "--checkpoint", "gone.pt", "--device", "cpu"]
+    code, text = refused(main, argv)
+    assert code == 2
+    assert "made with gone, ConvNN, digits, classification, one of which this version" in text
 
 
 def test_config_with_a_bad_value_is_refused(refused, tmp_path):

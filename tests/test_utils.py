@@ -1,5 +1,6 @@
 """Files that survive interruption, argument files, random states, counts, pictures."""
 
+import os
 import random
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from options import Option, read_texts
 from utils import (
     CsvLog,
+    RunFolder,
     atomic_path,
     compute_flops,
     count_parameters,
@@ -17,6 +20,7 @@ from utils import (
     get_random_state,
     parse_args_text,
     plot_learning_curves,
+    read_text_file,
     save_checkpoint,
     seed_everything,
     set_random_state,
@@ -57,6 +61,72 @@ def test_args_round_trip():
         "none": "None",
         "on": "True",
     }
+
+
+STRANGE = [
+    "two\nlines: K: 3",
+    " blanks ",
+    "None",
+    '"quoted"',
+    '"half',
+    "ünïcödé → 日本",
+    "",
+    "\t",
+    "a: b",
+    "# no comment",
+    "\u2028",
+    "\x00\x1b[31m",
+    "\udcff",
+    "[1, 2]",
+    "\\n",
+    "True",
+    "5",
+    "nul",
+    "\r",
+    "'single'",
+    '"a"b"',
+    "\xa0x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_every_string_survives_an_args_file(tmp_path, text):
+    known = {
+        "prompt": Option("prompt", None, "text", kind=str),
+        "folders": Option("folders", None, "paths", kind=str, several="list"),
+        "K": Option("K", 1, "number", kind=int),
+    }
+    args = {"K": 2, "prompt": text, "folders": [text, "x"]}
+    write_text(tmp_path / "args.txt", "# comment\n" + format_args(args))
+    read = parse_args_text((tmp_path / "args.txt").read_text(encoding="utf-8"))
+    assert read_texts(known, read, "args.txt") == args
+
+
+def test_older_args_files_are_read():
+    known = {"prompt": Option("prompt", None, "text", kind=str)}
+    for text in ("plain words", '"Well", he said', "a: b", "'x'"):
+        assert read_texts(known, parse_args_text(f"prompt: {text}\n"), "") == {"prompt": text}
+
+
+def test_only_regular_files_are_read_as_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe cannot be read: it is no regular file"):
+        read_text_file(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"/dev/zero cannot be read: it is no regular file"):
+        read_text_file("/dev/zero")
+    with pytest.raises(ValueError, match=r"cannot be read: .*No such file"):
+        read_text_file(tmp_path / "none")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_text_file("a\0b")
+    (tmp_path / "latin").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(ValueError, match="is no UTF-8 text"):
+        read_text_file(tmp_path / "latin")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(2**32)
+    with pytest.raises(ValueError, match=r"4,294,967,296 bytes, and texts of up to"):
+        read_text_file(tmp_path / "large")
+    (tmp_path / "bom").write_bytes(b"\xef\xbb\xbfx\r\ny")
+    assert read_text_file(tmp_path / "bom") == "x\ny"
 
 
 def draw():
@@ -111,3 +181,12 @@ def test_learning_curves_are_a_picture(tmp_path):
     ]
     plot_learning_curves(history, tmp_path / "a.png", eval_name="val")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_is_the_same_file_as_last(tmp_path):
+    run = RunFolder(tmp_path)
+    run.save({"model": {}, "x": 1}, best=True)
+    run.save({"model": {}, "x": 2}, best=False)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["x"] == 1
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["x"] == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt"}

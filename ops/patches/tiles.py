@@ -21,7 +21,6 @@ d) key blocks of a tile, (p, q) query patches and (u, v) key patches of a tile, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +97,7 @@ class WindowTiles:
         tile = torch.arange(self.count, device=device)
         self._r, self._c = tile // across.count, tile % across.count
 
-    def pieces(self, rows: Tensor, matrices: int) -> Iterator[tuple[slice, slice]]:
+    def pieces(self, rows: Tensor, matrices: int) -> list[tuple[slice, slice]]:
         """Cut samples and tiles into pieces: of few enough products to stay within the budget.
 
         Args:
@@ -110,7 +109,7 @@ class WindowTiles:
         key = (self.key_shape[0] + more) * (self.key_shape[1] + more)
         gathered = 0 if self.count == 1 else key * rows.shape[-1]
         size = rows.element_size() * (matrices * query * key + gathered)
-        return pieces(len(rows), self.count, CHUNK_BYTES // size)
+        return list(pieces(len(rows), self.count, CHUNK_BYTES // size))
 
     def part(self, some: slice) -> TileIndices:
         """Index tensors of some tiles."""

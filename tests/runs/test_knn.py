@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import main
-from models.knn import KNNClassifier
-from tasks.classification import evaluate_neighbors
+from tasks import classification
 
 FLAGS = ["--model", "knn", "--dataset", "digits", "--device", "cpu"]
 
@@ -24,6 +22,13 @@ def run(*flags):
 def read_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_many_classes_are_not_drawn_as_a_square(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(classification, "MOST_DRAWN", 9)
+    run("--limit_train", 40, "--limit_test", 9, "--output_dir", tmp_path / "run")
+    assert "note: 10 classes are too many to draw a confusion.png of" in capsys.readouterr().out
+    assert not (tmp_path / "run/confusion.png").exists()
 
 
 def test_several_k_from_one_run(tmp_path, capsys):
@@ -128,17 +133,6 @@ def test_bad_input(tmp_path, capsys, flags, words):
         run(*flags, "--output_dir", tmp_path / "new")
     assert error.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
-
-
-def test_top_five_counts_only_classes_that_got_a_vote():
-    model = KNNClassifier(K=(1, 2), metric="euclidean")
-    model.fit(torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([2, 1, 0]), num_classes=8)
-    batches = [(torch.tensor([[0.1], [0.2]]), torch.tensor([1, 0]))]
-    report = evaluate_neighbors(model, batches, device=torch.device("cpu"))
-    assert report.metrics == {1: {"top1": 0.0, "top5": 0.0}, 2: {"top1": 0.0, "top5": 50.0}}
-    counts = report.confusion(1, 8)
-    assert counts[1, 2] == counts[0, 2] == 1
-    assert counts.sum() == 2
 
 
 def test_under_torchrun_two_processes_share_the_samples(tmp_path):

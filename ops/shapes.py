@@ -1,0 +1,96 @@
+"""Running a network by shapes alone, in no time.
+
+PyTorch's own kernels for the meta device do the same, but loading them takes as long as importing
+torch: too long for refusing a command line.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["rehearse"]
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Answer the usual functions of networks by the shape of their result, on the meta device.
+
+    What is not in the table is left to PyTorch's own kernels.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        kwargs = kwargs or {}
+        rule = _SHAPE_RULES.get(getattr(function, "__name__", ""))
+        if rule is None or not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return function(*args, **kwargs)
+        shape = rule(*args, **kwargs)
+        return torch.empty(shape, device="meta", dtype=args[0].dtype)
+
+
+def _same(x: Tensor, *_: Any, **__: Any) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _broadcast(x: Tensor, y: Any, **_: Any) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(x.shape, y.shape if isinstance(y, Tensor) else ()))
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    *_: Any,
+    **__: Any,
+) -> tuple[int, ...]:
+    pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding)]
+    sides = [
+        (side + 2 * pad - kernel) // step + 1
+        for side, kernel, step, pad in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sides)
+
+
+def _max_pool2d(x: Tensor, kernel_size: int, stride: int | None = None, *_: Any, **__: Any):
+    stride = stride or kernel_size
+    return (*x.shape[:2], *((side - kernel_size) // stride + 1 for side in x.shape[2:]))
+
+
+def _adaptive_pool(x: Tensor, output_size: Any) -> tuple[int, ...]:
+    pair = (output_size, output_size) if isinstance(output_size, int) else output_size
+    return (*x.shape[:2], *pair)
+
+
+_SHAPE_RULES: dict[str, Callable[..., tuple[int, ...]]] = {
+    "relu": _same,
+    "batch_norm": _same,
+    "add": _broadcast,
+    "__add__": _broadcast,
+    "conv2d": _conv2d,
+    "linear": lambda x, weight, bias=None: (*x.shape[:-1], weight.shape[0]),
+    "max_pool2d": _max_pool2d,
+    "boolean_dispatch": _max_pool2d,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "pixel_shuffle": lambda x, r: (x.shape[0], x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r),
+    "pixel_unshuffle": lambda x, r: (
+        *(x.shape[0], x.shape[1] * r**2),
+        *(x.shape[2] // r, x.shape[3] // r),
+    ),
+}
+
+
+def rehearse(model: nn.Module, shape: Sequence[int]) -> None:
+    """Run a network on the meta device, by shapes alone: what cannot work fails here, for free.
+
+    Args:
+        model: The network, built under ``torch.device("meta")``.
+        shape: Shape of one sample.
+
+    Raises:
+        ValueError: What the layers say of shapes that cannot work.
+    """
+    with torch.no_grad(), _ShapesOnly():
+        model.eval()(torch.empty(1, *shape, device="meta"))
