@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from dataset import Data, DataError, DataOptions, image_side
-from layers import LAYERS
+from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
 from ops.shapes import rehearse
@@ -142,8 +142,8 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, DnCNN)",
-            choices=tuple(LAYERS),
+            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT)",
+            choices=tuple(name for table in LAYER_KINDS.values() for name in table),
             fixed=True,
         ),
         Option("dataset", "cifar10", "dataset", choices=tuple(DATASETS)),
@@ -165,7 +165,7 @@ def choosing_options() -> list[Option]:
 
 def all_owners() -> Iterable[type[Options]]:
     """Return the options of everything there is, in the order of the help text."""
-    yield from (layer.Options for layer in LAYERS.values())
+    yield from (layer.Options for table in LAYER_KINDS.values() for layer in table.values())
     yield DataOptions
     yield from (entry.Options for entry in DATASETS.values())
     yield from (trainer.Options for trainer in TRAINERS.values())
@@ -202,6 +202,16 @@ class Choice:
         return model_class(self.model)
 
     @property
+    def layers(self) -> dict[str, Callable[..., nn.Module]]:
+        """The layers that fit the model."""
+        return LAYER_KINDS[getattr(self.model_type, "layer_kind", "maps")]
+
+    @property
+    def layer_options(self) -> type[Options]:
+        """Options of the layer; none where it does not fit the model, which `main` refuses."""
+        return self.layers[self.layer].Options if self.layer in self.layers else Options
+
+    @property
     def entry(self) -> DatasetEntry:
         """Row of the data set."""
         return DATASETS[self.dataset]
@@ -221,7 +231,7 @@ class Choice:
         """Options of the rows."""
         found = [self.entry.Options, self.task_type.Options, self.trainer_type.Options]
         if self.model_type.uses_layer:
-            found.append(LAYERS[self.layer].Options)
+            found.append(self.layer_options)
         return [*found, self.model_type.Options]
 
     def defaults(self) -> dict[str, Any]:
@@ -247,7 +257,7 @@ class Choice:
         """Return the names of the options that decide what the weights mean."""
         names = {"model"}
         if self.model_type.uses_layer:
-            names |= {"layer"} | LAYERS[self.layer].Options.names()
+            names |= {"layer"} | self.layer_options.names()
         names |= {o.name for o in self.model_type.Options.declared() if o.fixed is not False}
         return names | {o.name for o in self.task_type.Options.declared() if o.fixed}
 
@@ -275,10 +285,10 @@ def build_task(values: Mapping[str, Any], choice: Choice) -> Task:
 
 def build_layer(values: Mapping[str, Any], choice: Choice) -> Callable[..., nn.Module] | None:
     """Return the configured layer, still to be told its channels; None: the model's own."""
-    options = LAYERS[choice.layer].Options.keywords(values)
+    options = choice.layer_options.keywords(values)
     if getattr(choice.model_type, "own_layer", None) == (choice.layer, options):
         return None
-    return partial(LAYERS[choice.layer], **options)
+    return partial(choice.layers[choice.layer], **options)
 
 
 def build_model(values: Mapping[str, Any], choice: Choice, sizes: Mapping[str, Any]) -> nn.Module:
@@ -429,6 +439,8 @@ def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = 
     else:
         shape = getattr(task, "known_shape", None)
     sizes = task.known_sizes(shape or (1, 1, 1), num_outputs)
+    if shape is None:
+        sizes.pop("image_size", None)
     try:
         # Models that learn otherwise begin empty: there is nothing to save by the meta device.
         with torch.device("meta" if choice.trainer_type.rehearses else "cpu"):

@@ -41,7 +41,7 @@ from builders import (
 )
 from dataset import DataError, build_loader, inspect_data
 from environment import describe_environment, fingerprint, record_start
-from layers import LAYERS
+from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
 from options import HelpFormatter, OptionError, add_flag, check_stored, flagged, read_texts
@@ -268,12 +268,13 @@ def differing_flags(
 
 def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choice | None:
     """Return the rows that a stored run chose; None if one is not there any more."""
-    tables = {"model": MODELS, "layer": LAYERS, "dataset": DATASETS}
-    merged = {name: stored.get(name, values[name]) for name in tables}
+    tables = {"model": MODELS, "dataset": DATASETS}
+    merged = {name: stored.get(name, values[name]) for name in ("layer", *tables)}
     if any(merged[name] not in table for name, table in tables.items()):
         return None
     choice = chosen({**merged, "task": stored.get("task")})
-    return choice if choice.task in TASKS else None
+    fits = not choice.model_type.uses_layer or choice.layer in choice.layers
+    return choice if fits and choice.task in TASKS else None
 
 
 def read_checkpoint(
@@ -444,6 +445,12 @@ def check_rows(choice: Choice) -> None:
             f"--task {choice.task} cannot be learnt from --dataset {choice.dataset}, which serves "
             f"{', '.join(served)}."
         )
+    if choice.model_type.uses_layer and choice.layer not in choice.layers:
+        able = [name for name in MODELS if takes_layer(model_class(name), choice.layer)]
+        raise ValueError(
+            f"--layer {choice.layer} does not fit --model {choice.model}, which takes "
+            f"{', '.join(choice.layers)}. Models for {choice.layer}: {', '.join(able)}."
+        )
     if choice.task not in tasks:
         fits = [name for name, row in DATASETS.items() if set(row.tasks) & set(tasks)]
         able = [name for name in MODELS if choice.task in model_class(name).tasks]
@@ -454,9 +461,14 @@ def check_rows(choice: Choice) -> None:
         )
 
 
+def takes_layer(model_type: type[torch.nn.Module], layer: str) -> bool:
+    """Say whether a layer fits a model."""
+    return model_type.uses_layer and layer in LAYER_KINDS[getattr(model_type, "layer_kind", "maps")]
+
+
 def check_values(values: Mapping[str, Any], choice: Choice) -> None:
     """Refuse values that their owners do not take."""
-    layer = LAYERS[choice.layer].Options
+    layer = choice.layer_options
     for owner in choice.owners:
         for each in owner.declared():
             if isinstance(values[each.name], list) and each.several is None:
