@@ -11,17 +11,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from dataset import Data, DataError, DataOptions, image_side
-from layers import LAYERS
+from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
 from ops.shapes import rehearse
 from options import Option, Options, check_stored, merge_options, option
+from ranks import world_size
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
 from trainers import TRAINERS, Trainer
-from utils import describe_model, load_checkpoint, load_weights, memory_size
+from utils import (
+    describe_model,
+    load_checkpoint,
+    load_weights,
+    lonely_norms,
+    memory_size,
+)
 
 __all__ = [
     "Choice",
@@ -60,6 +68,19 @@ class SystemOptions(Options):
         resumable=True,
     )
     seed: int = option(0, "seed of everything drawn at random", least=0, most=2**32 - 1)
+    seeds: list = option(
+        None,
+        "do the run once for each of these seeds, in folders below --output_dir, and report mean "
+        "and standard deviation",
+        kind=int,
+        several="list",
+        least=0,
+        most=2**32 - 1,
+        of_run=True,
+    )
+    deterministic: bool = option(
+        False, "use only algorithms that give the same numbers every time, or say which cannot"
+    )
     num_workers: int = option(
         -1,
         "loading processes; -1: none for data in memory, else up to 4",
@@ -85,7 +106,14 @@ class OutputOptions(Options):
         "evaluate best.pt of --output_dir (or --checkpoint) on the test set",
         of_run=True,
     )
-    resume: bool = option(False, "go on from last.pt of --output_dir", of_run=True)
+    resume: str = option(
+        None,
+        "go on from last.pt of --output_dir (or from --checkpoint); auto: from the newest whole "
+        "checkpoint there, or begin if there is none",
+        choices=("last", "auto"),
+        bare="last",
+        of_run=True,
+    )
     overwrite: bool = option(False, "replace the run in --output_dir", of_run=True)
     checkpoint: str = option(None, "checkpoint file for --test_only and --resume", of_run=True)
     config: str = option(
@@ -114,8 +142,8 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, DnCNN)",
-            choices=tuple(LAYERS),
+            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT)",
+            choices=tuple(name for table in LAYER_KINDS.values() for name in table),
             fixed=True,
         ),
         Option("dataset", "cifar10", "dataset", choices=tuple(DATASETS)),
@@ -137,7 +165,7 @@ def choosing_options() -> list[Option]:
 
 def all_owners() -> Iterable[type[Options]]:
     """Return the options of everything there is, in the order of the help text."""
-    yield from (layer.Options for layer in LAYERS.values())
+    yield from (layer.Options for table in LAYER_KINDS.values() for layer in table.values())
     yield DataOptions
     yield from (entry.Options for entry in DATASETS.values())
     yield from (trainer.Options for trainer in TRAINERS.values())
@@ -174,6 +202,16 @@ class Choice:
         return model_class(self.model)
 
     @property
+    def layers(self) -> dict[str, Callable[..., nn.Module]]:
+        """The layers that fit the model."""
+        return LAYER_KINDS[getattr(self.model_type, "layer_kind", "maps")]
+
+    @property
+    def layer_options(self) -> type[Options]:
+        """Options of the layer; none where it does not fit the model, which `main` refuses."""
+        return self.layers[self.layer].Options if self.layer in self.layers else Options
+
+    @property
     def entry(self) -> DatasetEntry:
         """Row of the data set."""
         return DATASETS[self.dataset]
@@ -193,7 +231,7 @@ class Choice:
         """Options of the rows."""
         found = [self.entry.Options, self.task_type.Options, self.trainer_type.Options]
         if self.model_type.uses_layer:
-            found.append(LAYERS[self.layer].Options)
+            found.append(self.layer_options)
         return [*found, self.model_type.Options]
 
     def defaults(self) -> dict[str, Any]:
@@ -219,7 +257,7 @@ class Choice:
         """Return the names of the options that decide what the weights mean."""
         names = {"model"}
         if self.model_type.uses_layer:
-            names |= {"layer"} | LAYERS[self.layer].Options.names()
+            names |= {"layer"} | self.layer_options.names()
         names |= {o.name for o in self.model_type.Options.declared() if o.fixed is not False}
         return names | {o.name for o in self.task_type.Options.declared() if o.fixed}
 
@@ -247,12 +285,12 @@ def build_task(values: Mapping[str, Any], choice: Choice) -> Task:
 
 def build_layer(values: Mapping[str, Any], choice: Choice) -> Callable[..., nn.Module] | None:
     """Return the configured layer, still to be told its channels; None: the model's own."""
-    options = LAYERS[choice.layer].Options.keywords(values)
+    options = choice.layer_options.keywords(values)
     own_name, own_options = getattr(choice.model_type, "own_layer", (None, {}))
-    plain = LAYERS[choice.layer].Options.keywords(LAYERS[choice.layer].Options.defaults())
+    plain = choice.layer_options.keywords(choice.layer_options.defaults())
     if choice.layer == own_name and options == {**plain, **own_options}:
         return None
-    return partial(LAYERS[choice.layer], **options)
+    return partial(choice.layers[choice.layer], **options)
 
 
 def build_model(values: Mapping[str, Any], choice: Choice, sizes: Mapping[str, Any]) -> nn.Module:
@@ -345,7 +383,43 @@ def build_trainer(
     options = {name: value for name, value in known.items() if name in wanted}
     built = trainer(model, task, device=device, **options)
     built.check_set(len(data.train), values["batch_size"])
+    if trainer.rehearses and task.name == "classification":
+        check_last_batch(values, model, data, device)
     return built
+
+
+def check_last_batch(
+    values: Mapping[str, Any], model: nn.Module, data: Data, device: torch.device
+) -> None:
+    """Refuse batches of one sample where batch norm would see one value per channel in them.
+
+    Raises:
+        ValueError: Names the layer, and the nearest batch size that works.
+    """
+    base = data.train.dataset if isinstance(data.train, Subset) else data.train
+    count, largest = len(data.train), getattr(base, "max_batch_size", len(data.train))
+    size = min(values["batch_size"], largest)
+    processes = 1 if values["sync_bn"] else world_size()
+
+    def smallest(size: int) -> int:  # the smallest part of a batch that a process gets
+        last = count % size or min(size, count)
+        parts = [-(-last // processes) if last < processes else last // processes]
+        parts += [size // processes] if count >= size else []
+        return min(parts) // values["accum_steps"]
+
+    if smallest(size) > 1:
+        return
+    names = lonely_norms(model, torch.zeros(1, *data.sample_shape, device=device))
+    if not names:
+        return
+    sizes = sorted(range(2, 2 * size + 2), key=lambda other: (abs(other - size), other))
+    fits = next((other for other in sizes if smallest(other) > 1 and other <= largest), None)
+    fix = "More training samples are needed." if fits is None else f"Use --batch_size {fits}."
+    raise ValueError(
+        f"--batch_size {values['batch_size']} leaves a training batch of one sample ({count} "
+        f"training samples), and batch norm ({names[0]}) would see one value per channel in it, "
+        f"which has no variance. {fix}"
+    )
 
 
 def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = None) -> None:
@@ -367,6 +441,8 @@ def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = 
     else:
         shape = getattr(task, "known_shape", None)
     sizes = task.known_sizes(shape or (1, 1, 1), num_outputs)
+    if shape is None:
+        sizes.pop("image_size", None)
     try:
         # Models that learn otherwise begin empty: there is nothing to save by the meta device.
         with torch.device("meta" if choice.trainer_type.rehearses else "cpu"):

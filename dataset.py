@@ -833,7 +833,15 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 # ---------------------------------------------------------------------------------------------
 # Images to denoise
 
-LUMA = (0.2989, 0.5870, 0.1140)  # the weights that the published grayscale sets were made with
+# Weights of R, G, B and what is added, on 0-255: "photo" made the published grayscale sets, "bt601"
+# is the luma of video that super-resolution is measured on.
+LUMA = {
+    "photo": ((0.2989, 0.5870, 0.1140), 0.0),
+    "bt601": ((65.481 / 255, 128.553 / 255, 24.966 / 255), 16.0),
+}
+
+
+LUMA_NOTES = {"photo": "luma; --color keeps it", "bt601": "luma of BT.601"}
 
 
 def _by_rows(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
@@ -846,12 +854,13 @@ def _by_rows(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) ->
     return result
 
 
-def read_image(path: str | os.PathLike, color: bool) -> tuple[Tensor, bool]:
+def read_image(path: str | os.PathLike, color: bool, luma: str = "photo") -> tuple[Tensor, bool]:
     """Read a picture as (C, H, W) uint8; return it, and whether its colors had to change.
 
     Args:
         path: See :func:`open_picture`; 16-bit gray is rounded to 8 bits.
-        color: Three channels; otherwise one, of the usual luma.
+        color: Three channels; otherwise one, of the luma.
+        luma: What a color picture becomes where one channel is wanted: a name of `LUMA`.
     """
     with open_picture(path) as image:
         if image.mode.startswith("I"):
@@ -866,13 +875,14 @@ def read_image(path: str | os.PathLike, color: bool) -> tuple[Tensor, bool]:
     if changed and color:
         array = np.repeat(array[:, :, None], 3, axis=2)
     elif changed:
-        array = _by_rows(lambda rows: np.round(rows @ np.array(LUMA)), array)
+        weights, offset = LUMA[luma]
+        array = _by_rows(lambda rows: np.round(rows @ np.array(weights) + offset), array)
     array = array.transpose(2, 0, 1) if color else array[None]
     return torch.from_numpy(array.copy()), changed
 
 
 def read_image_folders(
-    folders: Sequence[str], color: bool, flag: str
+    folders: Sequence[str], color: bool, flag: str, luma: str = "photo"
 ) -> tuple[list[Tensor], list[str], list[str]]:
     """Read all pictures of some folders.
 
@@ -880,6 +890,7 @@ def read_image_folders(
         folders: The folders, or single files.
         color: See :func:`read_image`.
         flag: The flag that named them, for messages.
+        luma: See :func:`read_image`.
 
     Returns:
         Images (C, H, W) uint8, their names (``folder/file``), and notes for the user.
@@ -897,15 +908,13 @@ def read_image_folders(
                 f"{flag} {folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})."
             )
         for file in files:
-            image, other = read_image(file, color)
+            image, other = read_image(file, color, luma)
             changed += other
             images.append(image)
             names.append(f"{file.parent.name}/{file.name}")
     notes = []
     if changed:
-        wanted, way = (
-            ("color", "all channels equal") if color else ("gray", "luma; --color keeps it")
-        )
+        wanted, way = ("color", "all channels equal") if color else ("gray", LUMA_NOTES[luma])
         notes.append(f"{flag}: {changed} of {len(images)} images converted to {wanted} ({way}).")
     return images, names, notes
 

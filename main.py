@@ -4,6 +4,16 @@ Options are declared beside what they configure (`options.py`); here they become
 and are handed back as keyword arguments. ``main(argv) -> dict`` may be imported.
 """
 
+import signal
+import sys
+
+import faults
+
+if __name__ == "__main__":  # importing takes a while, in which somebody may think better of it
+    for number in faults.SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, faults.quit_quietly)
+
 import os
 
 # OpenMP's threads spin while they wait for each other, and spin away the time of those they wait
@@ -12,15 +22,18 @@ if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import argparse
+import contextlib
 import shlex
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from builders import (
     Choice,
@@ -35,7 +48,8 @@ from builders import (
     without_rows,
 )
 from dataset import DataError, build_loader, inspect_data
-from layers import LAYERS
+from environment import describe_environment, fingerprint, record_start
+from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.cpu import build as native
 from options import (
@@ -50,14 +64,17 @@ from options import (
     merge_options,
     read_texts,
 )
+from ranks import distributed, gather, in_agreement, initialised, world_size
 from tasks import DATASETS, TASKS, Task
 from tasks.features import check_features
 from train_eval import Evaluation, Run, dry_run, test, train
-from trainers import TRAINERS, TrainingError
+from trainers import TRAINERS
 from utils import (
+    CheckpointError,
     RunFolder,
+    TrainingError,
+    WriteError,
     count_parameters,
-    distributed,
     format_args,
     load_checkpoint,
     load_pretrained,
@@ -65,8 +82,9 @@ from utils import (
     parse_args_text,
     read_text_file,
     read_weights,
+    save_checkpoint,
     seed_everything,
-    world_size,
+    write_text,
 )
 
 __all__ = ["build_parser", "main"]
@@ -116,6 +134,11 @@ def add_groups(parser: argparse.ArgumentParser, options: Iterable[tuple[str, Opt
         add_flag(groups[title], each)
 
 
+def all_layers() -> dict[str, Callable[..., nn.Module]]:
+    """Return the layers of every kind of model by name."""
+    return {name: layer for table in LAYER_KINDS.values() for name, layer in table.items()}
+
+
 def explain(topic: str | None) -> str:
     """Write the help text of a topic.
 
@@ -127,7 +150,7 @@ def explain(topic: str | None) -> str:
         ValueError: If there is no such topic.
     """
     everything = all_options()
-    tables = {"model": MODELS, "layer": LAYERS, "dataset": DATASETS, "task": TASKS}
+    tables = {"model": MODELS, "layer": all_layers(), "dataset": DATASETS, "task": TASKS}
     if topic is None:
         text = help_page(ABOUT, [("Common flags", everything[n][1]) for n in COMMON], choices=False)
         for kind, table in tables.items():
@@ -155,7 +178,12 @@ def topic_page(kind: str, topic: str) -> str:
     if kind == "model":
         owner, flag = model_class(topic), "--model"
     else:
-        tables = {"layer": LAYERS, "dataset": DATASETS, "task": TASKS, "way of training": TRAINERS}
+        tables = {
+            "layer": all_layers(),
+            "dataset": DATASETS,
+            "task": TASKS,
+            "way of training": TRAINERS,
+        }
         owner, flag = tables[kind][topic], f"--{kind}"
     changed = dict(getattr(owner, "defaults", {})) if kind in ("model", "task") else {}
     about = (owner.Options if kind == "dataset" else owner).__doc__ or ""
@@ -239,6 +267,10 @@ def parse_arguments(
         parser.error("--checkpoint is read by --test_only and --resume: give one of them too.")
     former = read_former(parser, values["config"])
     preset: dict[str, Any] = {}
+    if values["input"] and not given & NAMES_WEIGHTS:
+        values["pretrained"], preset = shipped_weights(parser, values, given)
+        values["test_only"] = True
+        given |= {"pretrained", "test_only"}
     if values["preset"]:
         model, preset = PRESETS[values["preset"]]
         if "model" in given and values["model"] != model:
@@ -263,7 +295,12 @@ def parse_arguments(
     if "output_dir" not in given | set(former):
         base = default_output_dir(values)
     checkpoint = None
-    if values["resume"] or (values["test_only"] and "pretrained" not in given):
+    if values["resume"] == "auto":
+        values["output_dir"] = base
+        find_newest(values)
+    if values["resume"] == "auto":
+        values["overwrite"] = True  # nothing is there to go on from
+    elif values["resume"] or (values["test_only"] and "pretrained" not in given):
         values["output_dir"] = base
         checkpoint = read_checkpoint(parser, values, given)
     elif "output_dir" not in given:
@@ -278,6 +315,67 @@ def parse_arguments(
                 "--test_only to evaluate it, --overwrite to replace it, or name another folder."
             )
     return values, given, checkpoint
+
+
+def find_newest(values: dict[str, Any]) -> None:
+    """Choose what ``--resume auto`` goes on from: the newest whole checkpoint of the folder.
+
+    Leaves ``resume`` as it is where there is none.
+    """
+    if not chosen(values).trainer_type.resumes:
+        return
+    found = newest_whole(Path(values["output_dir"]), print)
+    if found is None:
+        print(f"--resume auto: no whole checkpoint in {values['output_dir']}: the run begins.")
+        return
+    values["resume"] = "last"
+    if found.name != RunFolder.LAST:
+        values["checkpoint"] = str(found)
+
+
+def newest_whole(folder: Path, say: Callable[[str], Any] | None = None) -> Path | None:
+    """Return the newest checkpoint of a folder that can be read; None if there is none."""
+    for name in (RunFolder.LAST, RunFolder.BEST):
+        path = folder / name
+        if not os.path.exists(path):
+            continue
+        try:
+            load_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            if say is not None:
+                say(f"note: {error}")
+    return None
+
+
+# Flags that say which network a picture is treated by, or how one is made.
+NAMES_WEIGHTS = {"model", "preset", "pretrained", "test_only", "checkpoint", "config", "resume"}
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def shipped_weights(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], given: set[str]
+) -> tuple[str, dict[str, Any]]:
+    """Choose the weights that come along for --input; return their file and their arguments."""
+    if "scale" in given or values["task"] == "super_resolution":
+        name, what = f"enlarge_x{'_'.join(map(str, values['scale']))}", "enlarging so many times"
+    elif values["color"]:
+        name, what = "denoise_color", "pictures in color"
+    else:
+        name, what = "denoise_gray", "pictures"
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        there = sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))
+        parser.error(
+            f"--input: no weights for {what} come along ({path.name} is not among "
+            f"{', '.join(there) or 'none'} in {WEIGHTS.name}/). Name a network: --test_only with "
+            "--pretrained FILE or the --output_dir of a trained run."
+        )
+    try:
+        _, stored = read_weights(path)
+    except ValueError as error:
+        parser.error(f"--input: {error}")
+    return str(path), {n: v for n, v in stored.items() if n not in given}
 
 
 def read_former(parser: argparse.ArgumentParser, path: str | None) -> dict[str, Any]:
@@ -308,12 +406,13 @@ def differing_flags(
 
 def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choice | None:
     """Return the rows that a stored run chose; None if one is not there any more."""
-    tables = {"model": MODELS, "layer": LAYERS, "dataset": DATASETS}
-    merged = {name: stored.get(name, values[name]) for name in tables}
+    tables = {"model": MODELS, "dataset": DATASETS}
+    merged = {name: stored.get(name, values[name]) for name in ("layer", *tables)}
     if any(merged[name] not in table for name, table in tables.items()):
         return None
     choice = chosen({**merged, "task": stored.get("task")})
-    return choice if choice.task in TASKS else None
+    fits = not choice.model_type.uses_layer or choice.layer in choice.layers
+    return choice if fits and choice.task in TASKS else None
 
 
 def read_checkpoint(
@@ -323,21 +422,29 @@ def read_checkpoint(
     name = RunFolder.LAST if values["resume"] else RunFolder.BEST
     path = values["checkpoint"] or str(Path(values["output_dir"], name))
     flag = "--resume" if values["resume"] else "--test_only"
-    if not Path(path).is_file():
-        parser.error(
-            f"{flag} needs a checkpoint, and there is none at {path}. Train first, or name the "
-            "run folder by --output_dir, or the file by --checkpoint."
-        )
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError as error:
-        parser.error(f"{flag}: {error}")
-    stored = checkpoint["args"]
     known = {name: each for name, (_, each) in all_options().items()}
     try:
-        check_stored(without_rows(known), stored, path)
+        if not Path(path).exists():
+            parser.error(
+                f"{flag} needs a checkpoint, and there is none at {path}. Train first, or name the "
+                "run folder by --output_dir, or the file by --checkpoint."
+            )
+        checkpoint = load_checkpoint(path)
+        kept = {name: each for name, each in known.items() if not each.of_run}
+        check_stored(without_rows(kept), checkpoint["args"], path)
+    except OSError as error:
+        parser.error(f"{flag}: {path} cannot be read: {error.strerror}.")
     except ValueError as error:
-        parser.error(f"{flag}: {error}")
+        whole = newest_whole(Path(path).absolute().parent)
+        hint = ""
+        if whole is not None and whole.absolute() != Path(path).absolute():
+            folder = shlex.quote(str(values["output_dir"]))
+            hint = (
+                f" {whole} is whole: python main.py {flag} --checkpoint {shlex.quote(str(whole))} "
+                f"--output_dir {folder}"
+            )
+        parser.error(f"{flag}: {error}{hint}")
+    stored = checkpoint["args"]
     of_run = {name for name, each in known.items() if each.of_run}
     choice = stored_choice(stored, values)
     if choice is None:
@@ -374,7 +481,8 @@ def adopt_pretrained(
     try:
         _, stored = read_weights(path)
         known = {name: each for name, (_, each) in all_options().items()}
-        check_stored(without_rows(known), stored, path)
+        kept = {name: each for name, each in known.items() if not each.of_run}
+        check_stored(without_rows(kept), stored, path)
     except ValueError as error:
         parser.error(f"--pretrained: {error}")
     choice = stored_choice(stored, values)
@@ -419,7 +527,7 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
         owner.check(values)
     trainer = choice.trainer_type
     trainer.check(values, choice.task)
-    if values["resume"] and not trainer.resumes:
+    if values["resume"] == "last" and not trainer.resumes:
         raise ValueError(
             f"--resume: --model {choice.model} stores the training set in one go, there is nothing "
             "to go on with. --test_only evaluates the run; --overwrite does it anew."
@@ -440,9 +548,30 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
     rehearse_run(values, choice)
     if idle := sorted(given - choice.read_options()):
         print(f"note: no effect with {choice}: {', '.join(f'--{name}' for name in idle)}.")
-    folder = Path(values["output_dir"])
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    check_folder(Path(values["output_dir"]), reads=values["test_only"])
+
+
+def check_folder(folder: Path, *, reads: bool) -> None:
+    """Refuse a run folder that cannot be made or written.
+
+    Args:
+        folder: The folder.
+        reads: Whether the run can do without writing.
+
+    Raises:
+        ValueError: What is in the way.
+    """
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        dangling = folder.is_symlink() and not folder.exists()
+    except OSError as error:
+        raise ValueError(f"--output_dir cannot be used: {error.strerror} ({folder}).") from error
+    if dangling:
+        raise ValueError(
+            f"--output_dir {folder} is a link to {os.readlink(folder)}, which is not there. Make "
+            "that folder, or remove the link."
+        )
+    if not existing.is_dir() or not (reads or os.access(existing, os.W_OK)):
         raise ValueError(f"--output_dir {folder} cannot be written: {existing} is in the way.")
 
 
@@ -454,6 +583,12 @@ def check_rows(choice: Choice) -> None:
             f"--task {choice.task} cannot be learnt from --dataset {choice.dataset}, which serves "
             f"{', '.join(served)}."
         )
+    if choice.model_type.uses_layer and choice.layer not in choice.layers:
+        able = [name for name in MODELS if takes_layer(model_class(name), choice.layer)]
+        raise ValueError(
+            f"--layer {choice.layer} does not fit --model {choice.model}, which takes "
+            f"{', '.join(choice.layers)}. Models for {choice.layer}: {', '.join(able)}."
+        )
     if choice.task not in tasks:
         fits = [name for name, row in DATASETS.items() if set(row.tasks) & set(tasks)]
         able = [name for name in MODELS if choice.task in model_class(name).tasks]
@@ -464,9 +599,14 @@ def check_rows(choice: Choice) -> None:
         )
 
 
+def takes_layer(model_type: type[torch.nn.Module], layer: str) -> bool:
+    """Say whether a layer fits a model."""
+    return model_type.uses_layer and layer in LAYER_KINDS[getattr(model_type, "layer_kind", "maps")]
+
+
 def check_values(values: Mapping[str, Any], choice: Choice) -> None:
     """Refuse values that their owners do not take."""
-    layer = LAYERS[choice.layer].Options
+    layer = choice.layer_options
     for owner in choice.owners:
         for each in owner.declared():
             if isinstance(values[each.name], list) and each.several is None:
@@ -503,28 +643,194 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         The run's results: ``output_dir``, and the metrics of what was done.
 
     Raises:
-        SystemExit: With code 2 for bad input, 1 for a failed and 130 for an interrupted run.
+        SystemExit: With code 2 for bad input, 1 for a failed run, and 130, 143 or 129 for one that
+            SIGINT, SIGTERM or SIGHUP has stopped.
     """
     parser = build_parser()
-    values, given, checkpoint = parse_arguments(parser, argv)
-    values["device"] = resolve_device(parser, values["device"], "device" in given)
-    choice = chosen(values)
-    try:
-        check_arguments(values, given, choice)
-    except ValueError as error:
-        parser.error(flagged(error, all_options()))
-    seed_everything(values["seed"])
-    with distributed(wanted=choice.trainer_type.shares) as leader:
-        folder = RunFolder(values["output_dir"], writes=leader)
-        command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
+    words = list(sys.argv[1:] if argv is None else argv)
+    with faults.handled(), contextlib.ExitStack() as stack:
         try:
-            return run_choice(parser, values, choice, checkpoint, folder, command)
-        except (TrainingError, DataError) as error:
-            print(f"error: {error}{resume_hint(folder)}", file=sys.stderr)
+            plain = parser.parse_args(words)
+            if plain.seeds is not None:
+                return run_seeds(parser, words, plain)
+            wants_card = plain.device in ("cuda", "auto") and torch.cuda.is_available()
+            try:
+                leader = stack.enter_context(distributed("cuda" if wants_card else "cpu"))
+            except ValueError as error:
+                parser.error(str(error))
+            if not leader:
+                silent = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(silent))
+            return run_command(parser, words, leader)
+        except KeyboardInterrupt as stop:
+            code = stop.code if isinstance(stop, faults.Stopped) else 130
+            if getattr(stop, "said", None) is None:
+                print("\nInterrupted. Nothing was saved yet.", file=sys.stderr)
+            raise SystemExit(code) from stop
+
+
+def run_command(
+    parser: argparse.ArgumentParser, words: Sequence[str], leader: bool
+) -> dict[str, Any]:
+    """Check the flags, hold the run folder and do what they ask for."""
+    with in_agreement():
+        values, given, checkpoint = parse_arguments(parser, words)
+        values["device"] = resolve_device(parser, values["device"], "device" in given)
+        choice = chosen(values)
+        try:
+            check_arguments(values, given, choice)
+        except ValueError as error:
+            parser.error(flagged(error, all_options()))
+    seed_everything(values["seed"])
+    keeps = not (values["dry_run"] or values["test_only"] or values["check_data"])
+    folder = RunFolder(values["output_dir"], writes=leader)
+    if values["test_only"] and not values.get("input") and leader:
+        with contextlib.suppress(WriteError):
+            folder.file(folder.TEST)
+        folder.writes = folder.writable()
+    command = shlex.join(["python", "main.py", *words])
+    with contextlib.ExitStack() as stack:
+        if keeps:
+            with in_agreement():
+                hold(parser, values, checkpoint, folder, stack)
+        try:
+            results = run_choice(parser, values, choice, checkpoint, folder, command)
+            gather(None)  # every process returns when the first one has written everything
+            return results
+        except (TrainingError, DataError, WriteError) as error:
+            batch = getattr(error, "batch", None)
+            if batch is not None and leader:
+                path = folder.file("nan_batch.pt")
+                save_checkpoint(path, {"batch": list(batch)})
+                print(f"The batch is in {path}.", file=sys.stderr)
+            if leader or not isinstance(error, TrainingError):
+                print(f"error: {error}{resume_hint(folder, keeps)}", file=sys.stderr)
             raise SystemExit(1) from error
-        except KeyboardInterrupt as error:
-            print(f"\nInterrupted.{resume_hint(folder)}", file=sys.stderr)
-            raise SystemExit(130) from error
+        except CheckpointError as error:
+            parser.error(str(error))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            print(f"error: {out_of_memory(values)}{resume_hint(folder, keeps)}", file=sys.stderr)
+            raise SystemExit(1) from error
+        except KeyboardInterrupt as stop:
+            name = f" ({stop})" if isinstance(stop, faults.Stopped) else ""
+            if leader:
+                print(f"\nInterrupted{name}.{resume_hint(folder, keeps)}", file=sys.stderr)
+            stop.said = True
+            raise
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                text = out_of_memory(values)
+            elif initialised():
+                reason = str(error).splitlines()[0]
+                text = (
+                    f"process {os.environ.get('RANK')} of {world_size()} cannot go on without the "
+                    f"others: {reason}."
+                )
+            else:
+                raise
+            print(f"error: {text}{resume_hint(folder, keeps)}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+
+def hold(
+    parser: argparse.ArgumentParser,
+    values: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None,
+    folder: RunFolder,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Hold the run folder, and see that it is still as it was when the flags were read."""
+    last = folder.path / folder.LAST
+    try:
+        stack.enter_context(folder.held())
+        if checkpoint is None and not values["overwrite"] and folder.holds_run():
+            raise WriteError(
+                f"--output_dir {folder.path}: another run has been written there just now. Name "
+                "another folder."
+            )
+        if checkpoint is not None and not values["checkpoint"] and folder.writes:
+            found = load_checkpoint(last)
+            if found.get("digest") != checkpoint.get("digest"):
+                raise WriteError(
+                    f"{last} was written anew by another run just now: start --resume again."
+                )
+    except (WriteError, CheckpointError) as error:
+        parser.error(str(error))
+
+
+def out_of_memory(values: Mapping[str, Any]) -> str:
+    """Say that memory is full, how much was used, and what to lower."""
+    if values["device"] == "cuda":
+        peak, where = torch.cuda.max_memory_allocated(), "of the CUDA device"
+    else:
+        peak, where = peak_memory(), "of this machine"
+    used = "" if peak is None else f" (at most {peak / 1e9:.1f} GB were in use)"
+    return (
+        f"the memory {where} is full with --batch_size {values['batch_size']}{used}. Lower "
+        "--batch_size, or go through each batch in parts by --accum_steps; --use_amp, smaller "
+        "images (--resize, --crop_size) and fewer channels take less too."
+    )
+
+
+def peak_memory() -> int | None:
+    """Return the largest memory of this process so far in bytes; None where nobody can tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_seeds(
+    parser: argparse.ArgumentParser, words: Sequence[str], plain: argparse.Namespace
+) -> dict[str, Any]:
+    """Do a run for every seed of --seeds, and report mean and standard deviation."""
+    if len(set(plain.seeds)) < len(plain.seeds):
+        parser.error(f"--seeds {' '.join(map(str, plain.seeds))}: every seed once.")
+    if plain.test_only or plain.dry_run or plain.checkpoint:
+        parser.error("--seeds trains: leave --test_only, --dry_run and --checkpoint out.")
+    given = given_flags(parser, words)
+    if "seed" in given:
+        parser.error("--seed and --seeds: give one of them.")
+    at = words.index("--seeds") if "--seeds" in words else None
+    if at is None:
+        parser.error("--seeds takes its numbers as separate words: --seeds 0 1 2.")
+    rest = [*words[:at], *words[at + 1 + len(plain.seeds) :]]
+    base = plain.output_dir
+    if "output_dir" not in given:
+        values, _, _ = parse_arguments(parser, [*rest, "--overwrite"])
+        base = values["output_dir"]
+    results = {}
+    for seed in plain.seeds:
+        target = str(Path(base, f"seed_{seed}"))
+        results[seed] = main([*rest, "--seed", str(seed), "--output_dir", target])
+    measured = seed_table(results)
+    lines = [
+        f"{name}: {mean:.6g} ± {deviation:.3g}" for name, (mean, deviation) in measured.items()
+    ]
+    head = f"Seeds {', '.join(map(str, plain.seeds))}: mean ± standard deviation (of a sample)"
+    text = "".join(f"{line}\n" for line in [head, *lines])
+    print(text, end="")
+    write_text(Path(base, "seeds.txt"), text)
+    return {"output_dir": base, "seeds": results, "mean": measured}
+
+
+def seed_table(results: Mapping[int, Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return mean and standard deviation of the numbers that the runs of all seeds have."""
+    rows = []
+    for result in results.values():
+        row = {"best": result.get("best")}
+        last = (result.get("history") or [{}])[-1]
+        row |= {f"last_{name}": value for name, value in last.items() if name not in ("epoch", "K")}
+        row |= {f"test_{name}": value for name, value in (result.get("test") or {}).items()}
+        rows.append({name: value for name, value in row.items() if isinstance(value, float)})
+    table = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if name in row]
+        if len(values) == len(rows):
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            table[name] = (statistics.mean(values), deviation)
+    return table
 
 
 def run_choice(
@@ -538,30 +844,33 @@ def run_choice(
     """Load, build, and train, test, try or treat a file."""
     device, task = torch.device(values["device"]), build_task(values, choice)
     trainer_type = choice.trainer_type
-    try:
-        weights = None
-        if values["pretrained"] and checkpoint is None:
-            weights, _ = read_weights(values["pretrained"])
-        if values.get("input") and choice.task_type.treats_files:
-            return treat_file(values, choice, task, device, checkpoint, weights)
-        data = load_data(values, choice, task, device)
-        if values["check_data"]:
-            counts, lines = inspect_data(data, values["num_workers"])
-            print(*data.notes, *lines, sep="\n")
-            return {"output_dir": None, "counts": counts}
-        if choice.entry.shape is None:
-            rehearse_run(values, choice, data)
-        model = build_model(values, choice, task.sizes(data)).to(device)
-        model_text = describe(model, trainer_type, data, device)
-        if checkpoint is not None:
-            load_weights(model, checkpoint)
-        if weights is not None:
-            load_pretrained(model, weights)
-        trainer = None
-        if not values["test_only"]:
-            trainer = build_trainer(values, choice, model, task, data, device)
-    except ValueError as error:  # DataError, and what layers and models refuse
-        parser.error(flagged(error, all_options()))
+    if values["deterministic"]:
+        be_deterministic()
+    with in_agreement():
+        try:
+            weights = None
+            if values["pretrained"] and checkpoint is None:
+                weights, _ = read_weights(values["pretrained"])
+            if values.get("input") and choice.task_type.treats_files:
+                return treat_file(values, choice, task, device, checkpoint, weights)
+            data = load_data(values, choice, task, device)
+            if values["check_data"]:
+                counts, lines = inspect_data(data, values["num_workers"])
+                print(*data.notes, *lines, sep="\n")
+                return {"output_dir": None, "counts": counts}
+            if choice.entry.shape is None:
+                rehearse_run(values, choice, data)
+            model = build_model(values, choice, task.sizes(data)).to(device)
+            model_text = describe(model, trainer_type, data, device)
+            if checkpoint is not None:
+                load_weights(model, checkpoint)
+            if weights is not None:
+                load_pretrained(model, weights)
+            trainer = None
+            if not values["test_only"]:
+                trainer = build_trainer(values, choice, model, task, data, device)
+        except ValueError as error:  # DataError, and what layers and models refuse
+            parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
     trainer_type.prepare(model, values)
@@ -575,13 +884,14 @@ def run_choice(
     )
     amp = trainer_type.Options.keywords(values).get("use_amp", False)
     evaluation = Evaluation(model, task, device, loader, amp=amp, with_loss=trainer_type.has_loss)
+    arguments, same = settled_arguments(values, checkpoint, folder)
     run = Run(
         folder,
         data,
         task,
         evaluation,
-        values,
-        args_text=describe_run(command) + describe_arguments(values, choice),
+        arguments,
+        args_text=None if same else describe_run(command) + describe_arguments(values, choice),
         model_text=model_text,
     )
     if trainer is None:
@@ -592,6 +902,10 @@ def run_choice(
     print_opening(run, choice, values, device)
     if values["dry_run"]:
         return dry_run(trainer, run, loader, batch_size=values["batch_size"])
+    facts = describe_environment(command, device, world_size())
+    facts |= {"neighbor_kernels": native.status().splitlines()[0], "data": fingerprint(data)}
+    if folder.writes and (note := record_start(folder, facts, goes_on=checkpoint is not None)):
+        print(note)
     results = train(
         trainer,
         run,
@@ -600,6 +914,8 @@ def run_choice(
         batch_size=values["batch_size"],
         num_epochs=values["num_epochs"],
         seed=values["seed"],
+        source=values["checkpoint"] or str(folder.path / folder.LAST),
+        save_every=values["save_every"],
     )
     if folder.writes:
         where = shlex.quote(str(folder.path))
@@ -634,6 +950,33 @@ def print_opening(
     )
 
 
+def be_deterministic() -> None:
+    """Let PyTorch use only algorithms that repeat, and fail where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def settled_arguments(
+    values: Mapping[str, Any], checkpoint: Mapping[str, Any] | None, folder: RunFolder
+) -> tuple[dict[str, Any], bool]:
+    """Return the arguments that checkpoints keep, and whether args.txt holds them already.
+
+    What says how a run was started stays as it was when it began, so that a run that was
+    interrupted leaves the files of an unbroken one.
+    """
+    if checkpoint is None or not values["resume"]:
+        return dict(values), False
+    stored = checkpoint["args"]
+    of_run = {name for name, (_, each) in all_options().items() if each.of_run}
+    kept = {name: stored[name] for name in of_run & set(stored)}
+    if Path(stored.get("output_dir") or "").absolute() == folder.path.absolute():
+        kept["output_dir"] = stored["output_dir"]
+    arguments = {**values, **kept}
+    there = (folder.path / folder.ARGS).is_file()
+    return arguments, there and arguments == dict(stored)
+
+
 def treat_file(
     values: Mapping[str, Any],
     choice: Choice,
@@ -642,11 +985,13 @@ def treat_file(
     checkpoint: Mapping[str, Any] | None,
     weights: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, Any]:
-    """Treat --input into --output."""
+    """Treat every file of --input into --output."""
     sizes = task.known_sizes(task.known_shape, None)
     model = build_model(values, choice, sizes).to(device).eval()
     load_pretrained(model, checkpoint["model"] if weights is None else weights)
-    print(task.apply(model, values["input"], values["output"], device))
+    pairs = task.files(values["input"], values["output"])
+    for source, target in tqdm(pairs, desc="pictures", disable=None if len(pairs) > 1 else True):
+        tqdm.write(task.apply(model, str(source), str(target), device))
     return {"output_dir": None, "output": values["output"]}
 
 
@@ -678,12 +1023,14 @@ def source_of(
     return f"{values['checkpoint'] or folder.path / folder.BEST} (epoch {epoch})"
 
 
-def resume_hint(folder: RunFolder) -> str:
+def resume_hint(folder: RunFolder, keeps: bool) -> str:
     """Say what is saved and how to go on."""
+    if not keeps:
+        return ""
     if not (folder.path / folder.LAST).exists():
         return " Nothing was saved yet."
     return (
-        f" The last finished epoch is in {folder.path / folder.LAST}; go on with: "
+        f" The last good state is in {folder.path / folder.LAST}; go on with: "
         f"python main.py --resume --output_dir {shlex.quote(str(folder.path))}"
     )
 

@@ -29,6 +29,7 @@ __all__ = [
     "check_at_least",
     "check_choice",
     "check_fraction",
+    "check_range",
     "check_stored",
     "did_you_mean",
     "flagged",
@@ -57,8 +58,9 @@ class Option:
         below: All values are smaller than this.
         choices: The values there are.
         several: "list": one or more values (``--name a b``); "commas": one value, or several in
-            one word (``1,3,5``).
+            one word (``1,3,5``); "range": one value, or the two ends of a range (``--name a b``).
         metavar: What stands for the value in help texts.
+        bare: The value of a flag that stands without one; None: it needs one.
         argument: Name of the constructor's keyword, if it is another one.
         trainers: The ways of training that read it; empty: all.
         when: Other options and the values of theirs that it belongs to, e.g.
@@ -81,6 +83,7 @@ class Option:
     choices: tuple[str, ...] | None = None
     several: str | None = None
     metavar: str | None = None
+    bare: Any = None
     argument: str | None = None
     trainers: tuple[str, ...] = ()
     when: Mapping[str, tuple] = field(default_factory=dict)
@@ -152,6 +155,8 @@ class Option:
                 check_choice(self.name, item, self.choices)
             if (problem := self.out_of_bounds(item)) is not None:
                 raise OptionError(f"{self.name} {problem} (got {item}): {self.meaning}.")
+        if self.several == "range" and isinstance(value, list | tuple):
+            check_range(self.name, value)
 
 
 def option(default: Any, meaning: str, *, kind: type | None = None, **details: Any) -> Any:
@@ -373,6 +378,18 @@ class FlagParser(argparse.ArgumentParser):
         return None if chosen is None else self._option_string_actions[chosen]
 
 
+class _StoreRange(argparse.Action):
+    """Store one value as it is, and two as a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if len(values) > 2:
+            parser.error(
+                f"{option_string} takes one value or the two ends of a range (got {len(values)}: "
+                f"{' '.join(map(str, values))})."
+            )
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 def add_flag(group: Any, each: Option) -> None:
     """Add the flag of an option to a group of the parser."""
 
@@ -387,10 +404,14 @@ def add_flag(group: Any, each: Option) -> None:
         action = argparse.BooleanOptionalAction if each.default else "store_true"
         group.add_argument(f"--{each.name}", action=action, **details)
         return
-    if each.several == "list":
+    if each.several in ("list", "range"):
         details["nargs"] = "+"
+    if each.several == "range":
+        details["action"] = _StoreRange
     if each.metavar is not None:
         details["metavar"] = each.metavar
+    if each.bare is not None:
+        details |= {"nargs": "?", "const": each.bare}
     group.add_argument(f"--{each.name}", type=parse, choices=each.choices, **details)
 
 
@@ -435,7 +456,7 @@ def check_stored(known: Mapping[str, Option], stored: Mapping[str, Any], source:
         items = value if many else [value]
         right = many or each.several != "list"
         for item in items:
-            right &= isinstance(item, kinds[each.kind]) and (
+            right &= isinstance(item, kinds.get(each.kind, (int, float, str))) and (
                 each.kind is bool or not isinstance(item, bool)
             )
         if not right:
@@ -476,12 +497,13 @@ def read_texts(
                 raise ValueError(f"{source}: {name}: None is no value of it: {each.meaning}.")
             parsed[name] = None
             continue
+        listed = each.several == "list" or (each.several == "range" and text.startswith("["))
         try:
-            items = _read_list(text) if each.several == "list" else [_unquoted(each, text)]
+            items = _read_list(text) if listed else [_unquoted(each, text)]
             read = [each.parse(item) for item in items]
         except ValueError as error:
             raise ValueError(f"{source}: {name}: {text} cannot be read ({error}).") from error
-        parsed[name] = read if each.several == "list" else read[0]
+        parsed[name] = read if listed else read[0]
         for item in read:
             if each.choices is not None and item not in each.choices:
                 raise ValueError(f"{source}: {name}: {text} is none of {', '.join(each.choices)}.")
@@ -503,6 +525,20 @@ def check_fraction(name: str, value: float, meaning: str) -> None:
     """Refuse a number outside [0, 1]."""
     if not 0 <= value <= 1:
         raise OptionError(f"{name} must lie in [0, 1] (got {value}): it is the {meaning}.")
+
+
+def check_range(name: str, ends: Sequence[float]) -> None:
+    """Refuse a range that has no two ends, or the larger one first."""
+    if len(ends) != 2:
+        raise OptionError(f"{name} takes one value or the two ends of a range (got {len(ends)}).")
+    low, high = ends
+    if not low < high:
+        raise OptionError(
+            f"{name} {low:g} {high:g} is the wrong way round: the smaller end of a range comes "
+            f"first. Try {high:g} {low:g}, or one value."
+            if low > high
+            else f"{name} {low:g} {high:g} is no range: its ends are equal. Give the value once."
+        )
 
 
 def check_at_least(name: str, value: int, least: int, meaning: str) -> None:

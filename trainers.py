@@ -4,9 +4,11 @@ A *trainer* knows how a model learns from batches, how many epochs that takes, a
 yields. It knows no model by name; a model names its trainer (`training`).
 """
 
+import contextlib
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,18 +16,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import ranks
 from options import Options, option
+from ranks import world_size
 from utils import (
     CsvLog,
     Measured,
     Pass,
     Progress,
     RunFolder,
+    TrainingError,
     autocast,
     load_checkpoint,
     plot_growth,
     save_checkpoint,
-    world_size,
     write_text,
 )
 
@@ -42,16 +46,17 @@ __all__ = [
 ]
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and what is saved."""
-
-
 @dataclass(frozen=True)
 class TrainingOptions(Options):
     """What every way of training takes."""
 
     title = "Training"
-    batch_size: int = option(256, "samples per step", least=1, most=10**6)
+    batch_size: int = option(
+        256,
+        "samples per step, over all processes together where torchrun starts several",
+        least=1,
+        most=10**6,
+    )
     num_epochs: int = option(
         150,
         "passes over the training set",
@@ -59,6 +64,14 @@ class TrainingOptions(Options):
         resumable=True,
         trainers=("gradient", "growth"),
         most=10**6,
+    )
+    save_every: int = option(
+        0,
+        "save last.pt every N steps too, to go on amid an epoch; 0: after epochs, and when the run "
+        "is asked to stop",
+        least=0,
+        resumable=True,
+        trainers=("gradient", "growth"),
     )
 
 
@@ -78,6 +91,9 @@ class Trainer:
         tests_itself: Whether :meth:`measure` measures on the test set, whatever else there is.
         draws_curves: Whether learning curves are drawn.
         shares: Whether several processes can share the work.
+        splits: Whether they do so by parts of every training batch (`ranks.Shares`).
+        advice: What to try when numbers are not finite.
+        debug_nan: Whether :meth:`finite` is asked after every step.
         rehearses: Whether the model maps a batch to outputs before it has learnt anything.
         features: Name of the option that says what samples are replaced by, if there is one.
     """
@@ -90,7 +106,10 @@ class Trainer:
     tests_itself: ClassVar[bool] = False
     draws_curves: ClassVar[bool] = True
     shares: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+    advice: ClassVar[str] = "Look for numbers in the data that are not finite."
     rehearses: ClassVar[bool] = False
+    debug_nan = False
     features: ClassVar[str | None] = None
 
     def __init__(self, model: nn.Module, task: Any, *, device: torch.device) -> None:
@@ -160,6 +179,14 @@ class Trainer:
 
     def end_batches(self) -> None:
         """Finish the training part of an epoch: evaluation follows."""
+
+    def sound(self, epoch: int, step: int) -> None:
+        """Raise TrainingError if the model holds numbers that are not finite.
+
+        Args:
+            epoch: The running epoch.
+            step: Steps taken in it.
+        """
 
     def measure(self, trained: Pass, evaluate: Any, sets: Mapping[str, Any]) -> Measured:
         """Evaluate and word an epoch.
@@ -266,6 +293,21 @@ class GradientOptions(TrainingOptions):
         "mode of torch.compile; it knows no reduce-memory: the default mode with memory "
         "planning and reordering for a low peak stands for it",
         choices=("default", "reduce-overhead", "reduce-memory", "max-autotune"),
+    )
+    accum_steps: int = option(
+        1,
+        "parts that a step's batch is gone through in, whose gradients add up: less memory; "
+        "batch norm sees the parts",
+        least=1,
+    )
+    sync_bn: bool = option(
+        False, "under torchrun: batch norm by the statistics of all processes' samples"
+    )
+    debug_nan: bool = option(
+        False,
+        "look at the loss after every step, and keep the batch of one that is not finite, in "
+        "nan_batch.pt",
+        resumable=True,
     )
     clip_grad_norm: float = option(1.0, "largest norm of the gradients; 0 does not clip", least=0)
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
@@ -394,6 +436,12 @@ class GradientTrainer(Trainer):
         lr_final: Factor.
         use_amp: Mixed precision (see `utils.autocast`), with loss scaling on CUDA.
         clip_grad_norm: Largest norm of all gradients together; 0 does not clip.
+        accum_steps: Parts that a batch is gone through in.
+        sync_bn: Batch norm over all processes; see `ranks.SyncedBatchNorm`.
+        debug_nan: Look at the loss after every step.
+
+    Under torchrun every process takes its part of each batch (DistributedDataParallel); gradients
+    are those of the mean over the whole batch, whether or not it divides.
     """
 
     name = "gradient"
@@ -401,6 +449,11 @@ class GradientTrainer(Trainer):
     has_loss = True
     normalize = True
     rehearses = True
+    shares = True
+    splits = True
+    advice = (
+        "Try a smaller --lr, or --clip_grad_norm 1.0; without --use_amp numbers have more range."
+    )
 
     def __init__(
         self,
@@ -420,9 +473,14 @@ class GradientTrainer(Trainer):
         lr_final: float = 1e-3,
         use_amp: bool = False,
         clip_grad_norm: float = 1.0,
+        accum_steps: int = 1,
+        sync_bn: bool = False,
+        debug_nan: bool = False,
     ) -> None:
         super().__init__(model, task, device=device)
+        self.debug_nan = debug_nan
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
+        self.accum_steps = accum_steps
         self.optimizer = build_optimizer(
             model,
             optimizer,
@@ -441,6 +499,12 @@ class GradientTrainer(Trainer):
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=use_amp and device.type == "cuda")
         self._losses: list[Tensor] = []
+        self.network: nn.Module = model  # what a batch goes through
+        if ranks.initialised():
+            if sync_bn:
+                ranks.synchronise_norms(model)
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            self.network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
@@ -462,37 +526,87 @@ class GradientTrainer(Trainer):
         if values["use_compiled"]:
             compile_model(model, values["compile_mode"])
 
-    def step(self, batch: Any) -> dict[str, Tensor]:
-        """Take one gradient step; return per-sample metrics (B,)."""
+    def step(self, batch: Any, share: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
+        """Take one gradient step; return per-sample metrics (B,).
+
+        Args:
+            batch: What the loader handed over.
+            share: Begin and end of this process's part of the batch, and the size of the batch.
+        """
         inputs, targets = self.task.prepare(batch, self.device)
+        weight, counts = 1.0, True
+        if share is not None:
+            begin, end, size = share
+            if len(inputs) == size > 1:  # a whole batch, still to be cut
+                counts = end > begin
+                part = slice(begin, end) if counts else slice(0, 1)
+                inputs, targets = inputs[part], targets[part]
+            counts = end > begin
+            weight = world_size() * (end - begin) / size
+            for module in self.model.modules():
+                if isinstance(module, ranks.SyncedBatchNorm):
+                    module.weighs = counts
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.amp):
-            outputs = self.model(inputs)
-            loss = self.task.loss(outputs, targets)
-        self.scaler.scale(loss).backward()
+        parts = [(inputs, targets)]
+        if self.accum_steps > 1:
+            chunks = inputs.chunk(self.accum_steps), targets.chunk(self.accum_steps)
+            parts = list(zip(*chunks, strict=True))
+        losses, metrics = [], []
+        for number, (x, y) in enumerate(parts, start=1):
+            last = number == len(parts) or self.network is self.model
+            with contextlib.nullcontext() if last else self.network.no_sync():
+                with autocast(self.device, self.amp):
+                    outputs = self.network(x)
+                    loss = self.task.loss(outputs, y)
+                factor = weight * len(x) / len(inputs)
+                self.scaler.scale(loss if factor == 1 else loss * factor).backward()
+            losses.append(loss.detach() * (len(x) / len(inputs)))
+            with torch.no_grad():
+                metrics.append(self.task.metrics(outputs.detach(), y))
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._losses.append(loss.detach())
-        with torch.no_grad():
-            metrics = self.task.metrics(outputs.detach(), targets)
-        count = len(next(iter(metrics.values())))
-        return {"loss": loss.detach().expand(count), **metrics}
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        self._losses.append(loss)
+        if not counts:
+            return {}
+        if len(metrics) > 1:
+            metrics = [{name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}]
+        count = len(next(iter(metrics[0].values())))
+        return {"loss": loss.expand(count), **metrics[0]}
 
     def finite(self, epoch: int, step: int) -> None:
-        """Raise TrainingError if a loss since the last check is not finite."""
-        if not self._losses:
-            return
-        finite = torch.stack(self._losses).isfinite().tolist()
+        """Raise TrainingError if a loss since the last check is not finite, in any process."""
+        finite = torch.stack(self._losses).isfinite().tolist() if self._losses else []
         first = step - len(finite) + 1
         self._losses.clear()
+        wrong = first + finite.index(False) if False in finite else None
+        found = [number for number in ranks.gather(wrong) if number is not None]
+        if found:
+            raise TrainingError(
+                f"the loss is not finite in epoch {epoch}, step {min(found)}. {self.advice}"
+            )
+
+    def end_batches(self) -> None:
+        """Let all processes evaluate with the same statistics of batch norm: the first one's."""
+        ranks.broadcast_module(self.model, buffers_only=True)
+
+    def sound(self, epoch: int, step: int) -> None:
+        """Raise TrainingError if a parameter or buffer is not finite."""
+        named = [
+            (name, value)
+            for name, value in self.model.state_dict().items()
+            if value.is_floating_point()
+        ]
+        if not named:
+            return
+        finite = torch.stack([value.isfinite().all() for _, value in named]).tolist()
         if not all(finite):
             raise TrainingError(
-                f"the loss is not finite in epoch {epoch}, step {first + finite.index(False)}. "
-                "Try a smaller --lr, or --clip_grad_norm 1.0; without --use_amp numbers have "
-                "more range."
+                f"{named[finite.index(False)][0]} is not finite after step {step} of epoch "
+                f"{epoch}: the weights are ruined, and not saved. {self.advice}"
             )
 
     def end_epoch(self, headline: float) -> bool:
@@ -668,10 +782,11 @@ class GrowthTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is not part of the model's own state: the record of its growth."""
-        return {"growth": list(getattr(self.model, "growth", []))}
+        return {"growth": list(getattr(self.model, "growth", [])), "full": self.full}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
+        self.full = state.get("full")
         if hasattr(self.model, "growth"):
             self.model.growth[:] = state["growth"]
 
@@ -684,8 +799,9 @@ class GrowthTrainer(Trainer):
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
         before, after = self.model.prune(x.flatten(1), y)
         measured = evaluate(data.test)
-        pruned = dict(load_checkpoint(run.path / run.LAST), model=self.model.state_dict())
-        save_checkpoint(run.path / "pruned.pt", pruned)
+        if run.writes:
+            pruned = dict(load_checkpoint(run.path / run.LAST), model=self.model.state_dict())
+            save_checkpoint(run.path / "pruned.pt", pruned)
         line = (
             f"Pruned: {before} -> {after} centers ({100 * after / before:.1f}%) that predict every "
             f"training sample the same. [Test] {self.task.line(measured)}"

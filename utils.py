@@ -7,55 +7,68 @@ there before.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
 import random
 import re
 import shutil
+import socket
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 __all__ = [
+    "CheckpointError",
     "CsvLog",
     "Measured",
     "Pass",
     "Progress",
     "RunFolder",
+    "TrainingError",
+    "WriteError",
     "atomic_path",
     "autocast",
     "compute_flops",
+    "content_digest",
     "count_parameters",
     "describe_model",
-    "distributed",
     "format_args",
+    "free_memory",
     "get_random_state",
     "layer_rows",
     "load_checkpoint",
     "load_pretrained",
     "load_weights",
+    "lonely_norms",
     "memory_size",
     "parse_args_text",
     "plot_growth",
     "plot_learning_curves",
+    "read_safetensors",
     "read_tensor_file",
     "read_text_file",
     "read_weights",
     "save_checkpoint",
     "save_panels",
+    "save_safetensors",
     "seed_everything",
     "set_random_state",
-    "world_size",
     "write_text",
 ]
 
@@ -104,28 +117,6 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
 
-def world_size() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextlib.contextmanager
-def distributed(wanted: bool) -> Iterator[bool]:
-    """Join the processes that torchrun started; yield whether this one writes files.
-
-    Args:
-        wanted: Whether the work can be shared; otherwise nothing is joined.
-    """
-    joins = wanted and world_size() > 1 and not dist.is_initialized()
-    if joins:
-        dist.init_process_group("gloo")
-    try:
-        yield not dist.is_initialized() or dist.get_rank() == 0
-    finally:
-        if joins:
-            dist.destroy_process_group()
-
-
 def memory_size(device: torch.device) -> int | None:
     """Return the memory of a device in bytes, free or not; None where nobody can tell."""
     if device.type == "cuda":
@@ -136,26 +127,75 @@ def memory_size(device: torch.device) -> int | None:
         return None
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device that nobody uses; half of the machine's if it does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return (memory_size(device) or 4 * 2**30) // 2
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
 # ---------------------------------------------------------------------------------------------
 # Files
 
 
+FORMAT = 2  # of checkpoints; 1 had no digest
+
+
+class WriteError(RuntimeError):
+    """A file that cannot be written; the message names it and says why."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be written into a :class:`WriteError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(
+            f"{path} cannot be written: {reason}. Make room there or give yourself the right to "
+            "write, or name another folder."
+        ) from error
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; rename it to ``path`` when the block succeeds."""
+    """Yield a temporary path in the same folder; rename it to ``path`` when the block succeeds.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
     path = Path(path)
-    # The suffix stays: writers such as matplotlib choose the file format by it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        # The suffix stays: writers such as matplotlib choose the file format by it.
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem[:100]}-", suffix=path.suffix
+        )
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+LEFT_OVER = re.compile(r"\.\w+-[a-z0-9_]{8}\.(pt|txt|csv|png|json)")  # names of `atomic_path`
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what writes that were killed left in a folder, and in the folders in it."""
+    for path in [*folder.glob(".*-*"), *folder.glob("*/.*-*")]:
+        if LEFT_OVER.fullmatch(path.name) and path.is_file():
+            with writing(path):
+                path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -164,25 +204,149 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> None:
-    """Save tensors and plain types atomically (they load with ``weights_only=True``)."""
+class _Watched(io.RawIOBase):
+    """A file that remembers why a write failed: `torch.save` forgets it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def content_digest(content: Any) -> str:
+    """Return a SHA-256 of tensors and plain types: of their values, not of a file's bytes."""
+    digest = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, Tensor):
+            digest.update(f"tensor {item.dtype} {tuple(item.shape)};".encode())
+            plain = item.detach().cpu().contiguous().flatten()
+            digest.update(plain.view(torch.uint8).numpy() if plain.numel() else b"")
+        elif isinstance(item, Mapping):
+            digest.update(f"mapping {len(item)};".encode())
+            for key, value in item.items():
+                add(key)
+                add(value)
+        elif isinstance(item, list | tuple):
+            digest.update(f"list {len(item)};".encode())
+            for value in item:
+                add(value)
+        else:
+            text = repr(item).encode()
+            digest.update(f"{type(item).__name__} {len(text)};".encode() + text)
+
+    add(content)
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> str:
+    """Save tensors and plain types atomically (they load with ``weights_only=True``).
+
+    Returns:
+        The digest of what was saved, which stands in the file too.
+
+    Raises:
+        WriteError: If the file cannot be written; what was there before is kept.
+    """
+    content = {k: v for k, v in checkpoint.items() if k not in ("format", "digest")}
+    content = {"format": FORMAT, **content}
+    digest = content_digest(content)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        watched = _Watched(file)
+        try:
+            torch.save({**content, "digest": digest}, watched)
+            file.flush()
+            os.fsync(file.fileno())
+        except RuntimeError:
+            if watched.error is not None:
+                raise watched.error from None
+            raise
+    return digest
+
+
+# Types of numbers in a safetensors file: https://huggingface.co/docs/safetensors
+SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+
+
+def save_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], args: Mapping[str, Any]
+) -> None:
+    """Write weights and the arguments they belong to as a safetensors file: no code in it."""
+    names = {dtype: name for name, dtype in SAFE_TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"args": json.dumps(dict(args))}}
+    parts, start = [], 0
+    for name, tensor in tensors.items():
+        part = tensor.detach().cpu().contiguous().numpy().tobytes()
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + len(part)],
+        }
+        parts.append(part)
+        start += len(part)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary:
-        torch.save(dict(checkpoint), temporary)
+        temporary.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what :func:`save_safetensors` or others wrote: ``model``, and ``args`` if it has any.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"there is no checkpoint {path}.") from error
+    try:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        args = json.loads(header.pop("__metadata__", {}).get("args", "{}"))
+        data, model = bytearray(content[8 + size :]), {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            part, dtype = data[start:stop], SAFE_TYPES[entry["dtype"]]
+            flat = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
+            model[name] = flat.view(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error!r}") from error
+    return {"model": model, "args": args}
 
 
 def read_tensor_file(path: str | os.PathLike) -> Any:
     """Read what ``torch.save`` wrote, to the CPU; nothing but tensors and plain types is unpickled.
 
+    A file whose name ends in .safetensors is read as such.
+
     Raises:
-        ValueError: If the file is missing or damaged, or holds anything else.
+        CheckpointError: If the file is missing or damaged, or holds anything else.
     """
+    path = Path(path)
+    if not path.is_file():
+        what = "that is no file" if path.exists() else "there is no such file"
+        raise CheckpointError(f"there is no checkpoint {path}: {what}.")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"there is no checkpoint {path}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # torch.load documents no error types: zip, pickle, EOF, runtime
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        # What torch says is left out: it advises to read the file as code.
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: it is cut off or damaged, or holds something "
+            "else than tensors and plain types."
+        ) from error
 
 
 MOST_TEXT = 2**30  # bytes
@@ -241,6 +405,16 @@ def parse_args_text(text: str) -> dict[str, str]:
     return values
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let ``target`` be the same file as ``source``, or a copy where there are no links."""
+    with atomic_path(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links, or another one
+            shutil.copyfile(source, temporary)
+
+
 class CsvLog:
     """A CSV file with one row per event, flushed as it is written.
 
@@ -267,7 +441,7 @@ class CsvLog:
         new = not self.fields
         if new:
             self.fields = list(row)
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.fields, lineterminator="\n")
             if new:
                 writer.writeheader()
@@ -278,18 +452,45 @@ class CsvLog:
 # Checkpoints
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and what is saved.
+
+    Attributes:
+        batch: The batch that showed it, where it is known.
+    """
+
+    batch: Any = None
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Load a checkpoint to the CPU, tensors and plain types only.
 
+    From format 2 on a file holds a digest of its content, which is checked; files of format 1 hold
+    none and are believed.
+
     Raises:
-        ValueError: If the file is missing, damaged or no checkpoint.
+        CheckpointError: If the file is missing, damaged or no checkpoint.
     """
     checkpoint = read_tensor_file(path)
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint or "args" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of this program (it lacks 'model' and 'args').")
+    if not isinstance(checkpoint, dict) or not {"model", "args"} <= set(checkpoint):
+        raise CheckpointError(
+            f"{path} is no checkpoint of this program (it lacks 'model' and 'args')."
+        )
     for name in ("model", "args"):
         if not isinstance(checkpoint[name], Mapping):
-            raise ValueError(f"{path} is no checkpoint of this program: '{name}' is no table.")
+            raise CheckpointError(f"{path} is no checkpoint of this program: '{name}' is no table.")
+    digest = checkpoint.get("digest")
+    if digest is None and checkpoint.get("format", 1) == 1:
+        return checkpoint
+    content = {name: value for name, value in checkpoint.items() if name != "digest"}
+    if checkpoint.get("format") != FORMAT or digest != content_digest(content):
+        raise CheckpointError(
+            f"{path} is damaged: its content is not what was saved (its digest differs)."
+        )
     return checkpoint
 
 
@@ -386,14 +587,52 @@ def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str
 
 @dataclass
 class Progress:
-    """What a run has done so far; part of every checkpoint."""
+    """What a run has done so far; part of every checkpoint.
+
+    Attributes:
+        epoch: Epochs done.
+        best_epoch: The best of them; 0: none yet.
+        best_value: Its headline metric.
+        best_digest: Digest of the state after it (`content_digest`); empty in that state itself.
+        finished: Whether there is no more to learn.
+        history: Rows of metrics.csv.
+        lines: Lines of the results file.
+        times: Rows of timing.csv.
+    """
 
     epoch: int = 0
     best_epoch: int = 0
     best_value: float = float("-inf")
+    best_digest: str = ""
+    finished: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     times: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def from_state(cls, state: Any) -> "Progress":
+        """Read it from a checkpoint.
+
+        Raises:
+            CheckpointError: If an entry is missing or of the wrong type.
+        """
+        made = cls()
+        if not isinstance(state, Mapping):
+            raise CheckpointError("its 'progress' is no table.")
+        later = {"best_digest", "finished"}  # not in files of format 1
+        for name, default in vars(made).items():
+            if name not in state and name in later:
+                continue
+            value = state.get(name)
+            if type(value) is not type(default) and not (
+                name == "best_value" and isinstance(value, int)
+            ):
+                raise CheckpointError(f"'{name}' of its 'progress' is missing or of another type.")
+            setattr(made, name, value.copy() if isinstance(value, list) else value)
+        for name in ("history", "times"):
+            if not all(isinstance(row, Mapping) for row in getattr(made, name)):
+                raise CheckpointError(f"'{name}' of its 'progress' holds something else than rows.")
+        return made
 
 
 @dataclass
@@ -443,31 +682,125 @@ class RunFolder:
     RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
     LAST, BEST, TEST, CURVES = "last.pt", "best.pt", "test_results.txt", "curves.png"
     ARGS, MODEL, SUMMARY = "args.txt", "model.txt", "summary.json"
+    ENVIRONMENT = "environment.json"
+
+    LOCK = ".lock"
 
     def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
+        self._scratch: tempfile.TemporaryDirectory | None = None
 
     def holds_run(self) -> bool:
         """Say whether an earlier run left results here."""
         names = (self.LAST, self.BEST, self.METRICS, self.TEST)
-        return any((self.path / name).exists() for name in names)
+        return any(os.path.exists(self.path / name) for name in names)
 
     def file(self, name: str) -> Path:
-        """Return the path of a file that is about to be written; its folder is made."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Return the path of a file that is about to be written; its folder is made.
+
+        A process that does not write is given a place outside, which vanishes with it.
+        """
+        if not self.writes and self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory()
+        path = (self.path if self.writes else Path(self._scratch.name)) / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def start(self, args_text: str, model_text: str, progress: Progress) -> None:
-        """Write args.txt and model.txt, and the logs as far as they are known."""
+    def writable(self) -> bool:
+        """Say whether files can be written here, by writing one."""
+        try:
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                file.write(bytes(1 << 16))
+        except OSError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and hold it for this process, so that no other writes into it.
+
+        The system lets go of it when the process ends, however that comes about. A folder that was
+        made and stays empty is removed again.
+
+        Raises:
+            WriteError: If another process holds it, or it cannot be written.
+        """
+        if not self.writes:
+            yield
+            return
+        with writing(self.path):
+            made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._locked():
+                names = (v for k, v in vars(RunFolder).items() if k.isupper())
+                if blocked := [name for name in names if (self.path / name).is_dir()]:
+                    raise WriteError(
+                        f"{self.path / blocked[0]} is a folder, and a run writes a file of that "
+                        "name. Move it away, or name another --output_dir."
+                    )
+                remove_left_overs(self.path)
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # it holds a run
+                for path in made:
+                    path.rmdir()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.path / self.LOCK
+        if fcntl is None:
+            print("note: this system knows no file locks: see that no other run writes here.")
+            yield
+            return
+        with writing(path):
+            while True:
+                file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    file.close()
+                    raise WriteError(
+                        f"--output_dir {self.path} is being written by {holder}. Wait for its end, "
+                        "stop it, or name another folder."
+                    ) from error
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+                file.close()  # its holder removed it just now
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            file.close()
+
+    def start(
+        self, args_text: str | None, model_text: str, progress: Progress, *, fresh: bool
+    ) -> None:
+        """Write args.txt and model.txt, and the logs as far as they are known.
+
+        Args:
+            args_text: What args.txt is to hold; None leaves it as it is.
+            model_text: What model.txt is to hold.
+            progress: What was done so far.
+            fresh: Whether the run begins here: files of another one are removed first.
+        """
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / self.ARGS, args_text)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                for name in (self.LAST, self.BEST, self.TEST, self.CURVES, self.SUMMARY):
+                    (self.path / name).unlink(missing_ok=True)
+        if args_text is not None:
+            write_text(self.path / self.ARGS, args_text)
         write_text(self.path / self.MODEL, model_text)
-        if not progress.history:
-            for name in (self.LAST, self.BEST, self.TEST, self.CURVES, self.SUMMARY):
-                (self.path / name).unlink(missing_ok=True)
         write_text(self.path / self.RESULTS, "".join(f"{line}\n" for line in progress.lines))
         self.metrics = CsvLog(self.path / self.METRICS, progress.history)
         self.timing = CsvLog(self.path / self.TIMING, progress.times)
@@ -477,21 +810,72 @@ class RunFolder:
         if not self.writes:
             return
         tqdm.write(line)
-        with open(self.path / self.RESULTS, "a", encoding="utf-8") as file:
+        path = self.path / self.RESULTS
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
 
-    def save(self, checkpoint: Mapping[str, Any], *, best: bool) -> None:
-        """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far."""
+    def save(self, checkpoint: Mapping[str, Any], *, best: bool) -> str:
+        """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far.
+
+        The pair is decided by ``last.pt`` alone: if this is interrupted, :meth:`settle` of the
+        resumed run finds from its entries which file ``best.pt`` has to be.
+
+        Returns:
+            The digest of what was saved; empty where this process does not write.
+        """
         if not self.writes:
-            return
-        save_checkpoint(self.path / self.LAST, checkpoint)
+            return ""
+        digest = save_checkpoint(self.path / self.LAST, checkpoint)
         if best:
-            with atomic_path(self.path / self.BEST) as temporary:
-                temporary.unlink()
-                try:
-                    os.link(self.path / self.LAST, temporary)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(self.path / self.LAST, temporary)
+            link_or_copy(self.path / self.LAST, self.path / self.BEST)
+        return digest
+
+    def settle(self, source: Path, progress: Progress, *, at_end: bool) -> tuple[bool, str | None]:
+        """Let ``last.pt`` and ``best.pt`` be those of the state that a run goes on from.
+
+        Args:
+            source: The file that it goes on from, here or in another folder.
+            progress: What is done according to it.
+            at_end: Whether it is the state at the end of an epoch, not amid one.
+
+        Returns:
+            Whether there is a best state, and a line that says what was mended or is missing.
+        """
+        last, best = self.path / self.LAST, self.path / self.BEST
+        itself = at_end and progress.best_epoch == progress.epoch
+        theirs = source.parent / self.BEST
+        problem = None
+        if not itself and progress.best_epoch:
+            try:
+                found = load_checkpoint(theirs)
+                told = found.get("progress")
+                epoch = told.get("epoch") if isinstance(told, Mapping) else None
+                if progress.best_digest not in ("", found.get("digest")) or (
+                    epoch != progress.best_epoch or "place" in found
+                ):
+                    problem = f"{theirs} is another state than the best one, of epoch "
+                    problem += str(progress.best_epoch)
+            except CheckpointError as error:
+                problem = str(error).rstrip(".")
+        if source.resolve() != last.resolve():
+            link_or_copy(source, last)
+        if itself:
+            if best.is_file() and best.samefile(last):
+                return True, None
+            same = False
+            if best.is_file():
+                with contextlib.suppress(CheckpointError):
+                    same = load_checkpoint(best).get("digest", "") == progress.best_digest != ""
+            link_or_copy(last, best)
+            if same:
+                return True, None
+            return True, f"{self.BEST} is made from {source}, which holds the best epoch."
+        if problem is not None:
+            best.unlink(missing_ok=True)
+            return False, problem
+        if progress.best_epoch and theirs.resolve() != best.resolve():
+            link_or_copy(theirs, best)
+        return True, None
 
     def log(
         self,
@@ -589,6 +973,42 @@ def layer_rows(model: nn.Module, inputs: Tensor) -> list[tuple[str, str, str, in
                 (name or "(itself)", type(module).__name__, shapes.get(module, ""), count, spent)
             )
     return rows
+
+
+def lonely_norms(model: nn.Module, inputs: Tensor) -> list[str]:
+    """Return the names of batch norms that see one value per channel of these inputs.
+
+    In training they would have no variance to divide by.
+
+    Args:
+        model: The network; its mode is left as it was.
+        inputs: One sample with a batch dimension.
+    """
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, arguments: tuple) -> None:
+            x = arguments[0]
+            if x.numel() == x.shape[1] and name not in found:
+                found.append(name)
+
+        return look
+
+    norms = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in norms]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def describe_model(model: nn.Module, inputs: Tensor) -> str:

@@ -1,8 +1,13 @@
 """Layers over nearest neighbors, and the ordinary convolutions beside them.
 
-`LAYERS` maps the names users give to callables `layer(in_channels=, out_channels=, stride=1)`,
-which the fields of their `Options` configure as further keywords (by `functools.partial`). A new
-layer is a file and a row.
+`LAYER_KINDS` holds a table for each kind of layer; a model names the one its layers come from by
+its `layer_kind` ("maps" where it says nothing). A table maps the names users give to callables,
+which the fields of their `Options` configure as further keywords (by `functools.partial`):
+
+- "maps", `LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, on maps (B, C, H, W);
+- "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C).
+
+A new layer is a file and a row.
 """
 
 from collections.abc import Callable
@@ -20,9 +25,23 @@ from layers.conv import Conv1d_New, Conv2d_New, same_conv
 from layers.convnn import Conv1d_NN, Conv2d_NN
 from layers.coordinates import add_coordinates, coordinate_channels
 from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
+from layers.tokens import (
+    Attention,
+    BranchAttention,
+    BranchConv,
+    ConvNNAttention,
+    KvtAttention,
+    LocalAttention,
+    NeighborhoodAttention,
+)
 
 __all__ = [
     "LAYERS",
+    "LAYER_KINDS",
+    "TOKEN_LAYERS",
+    "Attention",
+    "BranchAttention",
+    "BranchConv",
     "Conv1d_Attn_Branching",
     "Conv1d_Branching",
     "Conv1d_NN",
@@ -33,6 +52,10 @@ __all__ = [
     "Conv2d_NN",
     "Conv2d_NN_Attn",
     "Conv2d_New",
+    "ConvNNAttention",
+    "KvtAttention",
+    "LocalAttention",
+    "NeighborhoodAttention",
     "PixelShuffle1D",
     "PixelUnshuffle1D",
     "add_coordinates",
@@ -47,4 +70,19 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "ConvNN_Attn": Conv2d_NN_Attn,
     "Branching": Conv2d_Branching,
     "Branching_Attn": Conv2d_Attn_Branching,
+}
+
+TOKEN_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "Attention": Attention,
+    "ConvNNAttention": ConvNNAttention,
+    "KvtAttention": KvtAttention,
+    "LocalAttention": LocalAttention,
+    "NeighborhoodAttention": NeighborhoodAttention,
+    "BranchConv": BranchConv,
+    "BranchAttention": BranchAttention,
+}
+
+LAYER_KINDS: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "maps": LAYERS,
+    "tokens": TOKEN_LAYERS,
 }

@@ -4,10 +4,12 @@
 `functools.partial` of classes. A model class says what it is, can do and needs:
 
 - `family`: its folder under `Output/`;
-- `tasks`: a tuple among "classification", "denoising", "approximation", "language";
+- `tasks`: a tuple among "classification", "denoising", "super_resolution",
+  "correspondence", "approximation", "language";
 - `training`: "gradient"; "growth" (no gradients; sees pixels in [0, 1] instead of normalised) or
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
+- `layer_kind` (if it says so): the table of `layers.LAYER_KINDS` its layers come from; else "maps";
 - `min_input_size`: the smallest side of an image it accepts;
 - `Options`: its options, which its constructor takes as keywords;
 - `defaults`, `task_defaults` (if there are any): defaults of options of others that differ for it,
@@ -15,8 +17,8 @@
 - `own_layer` (if there is one): the layer, and its options, that ``layer=None`` stands for.
 
 Beside its options a constructor takes, by their names, what it must know of data and run:
-`in_channels`, `num_classes`, `num_inputs`, `num_outputs`, `tolerance`, `batch_size`, `num_passes`,
-`num_steps`, and `layer`. A new model is a file and a row.
+`in_channels`, `image_size`, `num_classes`, `num_inputs`, `num_outputs`, `tolerance`, `batch_size`,
+`num_passes`, `num_steps`, and `layer`. A new model is a file and a row.
 """
 
 from collections.abc import Callable
@@ -24,25 +26,36 @@ from functools import partial
 
 from torch import nn
 
+from models.cnnet import CNNet
+from models.convert import ForeignNetwork, convert
 from models.convnet import ConvNet
+from models.densenet import DenseNet
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
 from models.n3net import PRESETS, N3Net
 from models.resnet import ResBlock, ResNet
+from models.unet import UNet
 from models.vgg import VGG
+from models.vit import ViT
 
 __all__ = [
     "MODELS",
     "PRESETS",
     "VGG",
+    "CNNet",
     "ConvNet",
+    "DenseNet",
     "DnCNN",
     "DynamicNetwork",
+    "ForeignNetwork",
     "KNNClassifier",
     "N3Net",
     "ResBlock",
     "ResNet",
+    "UNet",
+    "ViT",
+    "convert",
     "model_class",
 ]
 
@@ -54,8 +67,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, depth=18),
     "resnet34": partial(ResNet, depth=34),
     "convnet": ConvNet,
+    "densenet121": partial(DenseNet, depth=121),
+    "densenet169": partial(DenseNet, depth=169),
+    "densenet201": partial(DenseNet, depth=201),
+    "densenet264": partial(DenseNet, depth=264),
+    "torchvision:resnet18": partial(ForeignNetwork, source="torchvision", name="resnet18"),
+    "torchvision:resnet50": partial(ForeignNetwork, source="torchvision", name="resnet50"),
+    "vit": ViT,
+    "vit_tiny": partial(ViT, size="tiny"),
+    "vit_small": partial(ViT, size="small"),
+    "unet": UNet,
     "dncnn": DnCNN,
     "n3net": N3Net,
+    "cnnet": CNNet,
     "dynamic": DynamicNetwork,
     "knn": KNNClassifier,
 }

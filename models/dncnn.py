@@ -1,7 +1,8 @@
 """DnCNN: a convolutional denoiser that predicts the noise.
 
 K. Zhang et al., "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image Denoising",
-IEEE TIP 2017, https://arxiv.org/abs/1608.03981.
+IEEE TIP 2017, https://arxiv.org/abs/1608.03981. Folding blocks of pixels into channels:
+K. Zhang et al., "FFDNet", IEEE TIP 2018, https://arxiv.org/abs/1710.04026.
 """
 
 import math
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cnn import channels_last, init_batch_norm
@@ -46,6 +48,18 @@ def momentum_for(num_steps: int) -> float:
     return min(0.1, max(0.001, 20 / num_steps)) if num_steps else 0.001
 
 
+@dataclass(frozen=True)
+class FoldedDnCNNOptions(DnCNNOptions):
+    """One denoising CNN that stands alone."""
+
+    fold: int = option(
+        1,
+        "dncnn: work on blocks of this side folded into channels (FFDNet: 2), with fewer products",
+        least=1,
+        most=64,
+    )
+
+
 class DnCNN(nn.Module):
     """Convolution and ReLU, depth - 2 times convolution, batch norm and ReLU, convolution.
 
@@ -60,6 +74,8 @@ class DnCNN(nn.Module):
         residual: Add the input to the output.
         bn_momentum: Weight of a new batch in the running statistics; None: see `momentum_for`.
         num_steps: Training steps of the run, which decide on bn_momentum if it is None.
+        fold: Pixels of fold × fold blocks become channels before the first convolution, and
+            pixels again after the last one; images are padded to whole blocks by their edge.
         layer: What takes the place of the inner convolutions, called with `in_channels` and
             `out_channels`; None: 3×3 convolutions.
 
@@ -67,11 +83,11 @@ class DnCNN(nn.Module):
         Noisy images (B, in_channels, H, W) in [0, 1], not clipped -> (B, out_channels, H, W).
     """
 
-    Options = DnCNNOptions
+    Options = FoldedDnCNNOptions
     defaults: ClassVar[dict] = {"dataset": "photos"}
     own_layer = OWN_LAYER
     family = "DnCNN"
-    tasks = ("denoising",)
+    tasks = ("denoising", "super_resolution")
     training = "gradient"
     uses_layer = True
     min_input_size = 1
@@ -86,21 +102,23 @@ class DnCNN(nn.Module):
         residual: bool = True,
         bn_momentum: float | None = None,
         num_steps: int = 0,
+        fold: int = 1,
         layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        DnCNNOptions(
+        FoldedDnCNNOptions(
             depth=depth,
             features=features,
             batch_norm=batch_norm,
             residual=residual,
             bn_momentum=bn_momentum,
+            fold=fold,
         )
         bn_momentum = momentum_for(num_steps) if bn_momentum is None else bn_momentum
         out_channels = in_channels if out_channels is None else out_channels
         self.shared = min(in_channels, out_channels) if residual else 0
-        self.plain = layer is None
-        self.conv1 = nn.Conv2d(in_channels, features, 3, padding=1)
+        self.plain, self.fold = layer is None, fold
+        self.conv1 = nn.Conv2d(in_channels * fold**2, features, 3, padding=1)
         inner: list[nn.Module] = []
         for _ in range(depth - 2):
             if layer is None:
@@ -114,14 +132,21 @@ class DnCNN(nn.Module):
                 init_batch_norm(inner[-1])
             inner.append(nn.ReLU(inplace=True))
         self.layer1 = nn.Sequential(*inner)
-        self.conv2 = nn.Conv2d(features, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, out_channels * fold**2, 3, padding=1)
         _init_conv(self.conv1)
         _init_conv(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoise."""
-        inner = channels_last(x) if self.plain else x
+        height, width = x.shape[-2:]
+        inner = x
+        if self.fold > 1:
+            edges = (0, -width % self.fold, 0, -height % self.fold)
+            inner = F.pixel_unshuffle(F.pad(x, edges, mode="replicate"), self.fold)
+        inner = channels_last(inner) if self.plain else inner
         out = self.conv2(self.layer1(torch.relu_(self.conv1(inner))))
+        if self.fold > 1:
+            out = F.pixel_shuffle(out, self.fold)[..., :height, :width]
         if self.shared == out.shape[1] == x.shape[1]:
             return out + x
         if self.shared:

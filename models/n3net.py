@@ -18,7 +18,7 @@ from options import OptionError, option
 
 __all__ = ["PRESETS", "N3Net"]
 
-# Rows of the paper's ablation: model, and the options that differ from its defaults.
+# Rows of the paper's tables: model, and the options that differ from its defaults.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "dncnn17": ("dncnn", {"depth": 17}),
     "dncnn18": ("dncnn", {"depth": 18}),
@@ -27,6 +27,15 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "concrete": ("n3net", {"num_blocks": 1, "nonlocal_block": "concrete"}),
     "n3net_light": ("n3net", {"num_blocks": 1}),
     "n3net": ("n3net", {"num_blocks": 2}),
+    # Super-resolution, section 5.3: three parts of depth 7; and its baseline.
+    "n3net_sr": (
+        "n3net",
+        {"task": "super_resolution", "depth": 7, "num_blocks": 2, "scale": [2, 3, 4]},
+    ),
+    "vdsr": (
+        "dncnn",
+        {"task": "super_resolution", "depth": 20, "batch_norm": False, "scale": [2, 3, 4]},
+    ),
 }
 
 
@@ -135,7 +144,7 @@ class N3Net(nn.Module):
     # Allocated by the published code, never applied: 64 gains, biases, means and variances each.
     dead_weights = r"blocks\.\d+\.bn1\.(weight|bias|running_mean|running_var|num_batches_tracked)"
     family = "N3Net"
-    tasks = ("denoising",)
+    tasks = ("denoising", "super_resolution")
     training = "gradient"
     uses_layer = True
     min_input_size = 1

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from options import Options, option
+from models.width import WidthOptions, scaled
+from options import option
 
 __all__ = ["ResBlock", "ResNet"]
 
@@ -18,7 +19,7 @@ WIDTHS = (64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
-class ResNetOptions(Options):
+class ResNetOptions(WidthOptions):
     """How the resolution falls."""
 
     title = "ResNet"
@@ -121,6 +122,7 @@ class ResNet(nn.Module):
         downsample: "stride" halves the map at the head of stages 2-4, as the classic network;
             "none" keeps every stage at full resolution, as the published one (its shortcuts
             have no BatchNorm).
+        width: factor of all channels.
 
     Shape:
         (B, in_channels, H, W) -> (B, num_classes); H, W at least 8.
@@ -144,30 +146,30 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         num_classes: int = 10,
         downsample: str = "stride",
+        width: float = 1.0,
     ):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))} (got {depth}).")
-        ResNetOptions(downsample=downsample)
+        ResNetOptions(downsample=downsample, width=width)
+        widths = [scaled(channels, width) for channels in WIDTHS]
         self.first_conv = nn.Sequential(
-            nn.Conv2d(in_channels, WIDTHS[0], kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(WIDTHS[0]),
+            nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
         )
         strided = downsample == "stride"
-        stages, channels = [], WIDTHS[0]
-        for stage, (count, width) in enumerate(zip(BLOCKS[depth], WIDTHS, strict=True)):
+        stages, channels = [], widths[0]
+        for stage, (count, wide) in enumerate(zip(BLOCKS[depth], widths, strict=True)):
             blocks = []
             for i in range(count):
                 stride = 2 if strided and stage > 0 and i == 0 else 1
-                blocks.append(
-                    ResBlock(layer, channels, width, stride=stride, shortcut_norm=strided)
-                )
-                channels = width
+                blocks.append(ResBlock(layer, channels, wide, stride=stride, shortcut_norm=strided))
+                channels = wide
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(WIDTHS[-1], num_classes)
+            nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(widths[-1], num_classes)
         )
 
     def forward(self, x: Tensor) -> Tensor:

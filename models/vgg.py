@@ -6,16 +6,29 @@ and width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from options import Options
+from models.width import WidthOptions, scaled
+from options import option
 
 __all__ = ["VGG"]
 
 # Layers of each of the five stages; a stage ends in a 2x2 max pooling.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 WIDTHS = (64, 128, 256, 512, 512)
+
+
+@dataclass(frozen=True)
+class VGGOptions(WidthOptions):
+    """Width and head."""
+
+    classifier: str = option(
+        "published",
+        "head of a VGG: two hidden layers of 4096 (published), or one Linear on the map's mean",
+        choices=("published", "gap"),
+    )
 
 
 class VGG(nn.Module):
@@ -31,6 +44,8 @@ class VGG(nn.Module):
         num_classes: number of outputs.
         dropout: probability of dropping a hidden feature of the classifier.
         hidden_features: width of the two hidden layers of the classifier.
+        width: factor of the channels of all stages.
+        classifier: "published", or "gap": the mean of the map and one Linear.
 
     Shape:
         (B, in_channels, H, W) -> (B, num_classes); H, W at least 32.
@@ -39,7 +54,7 @@ class VGG(nn.Module):
         ValueError: for another depth, or (in forward) for smaller images.
     """
 
-    Options = Options
+    Options = VGGOptions
     family = "VGG"
     tasks = ("classification",)
     training = "gradient"
@@ -55,25 +70,33 @@ class VGG(nn.Module):
         num_classes: int = 10,
         dropout: float = 0.5,
         hidden_features: int = 4096,
+        width: float = 1.0,
+        classifier: str = "published",
     ):
         super().__init__()
         if depth not in STAGES:
             raise ValueError(f"depth must be one of {', '.join(map(str, STAGES))} (got {depth}).")
+        VGGOptions(width=width, classifier=classifier)
+        widths = [scaled(channels, width) for channels in WIDTHS]
         modules: list[nn.Module] = []
         channels = in_channels
-        for count, width in zip(STAGES[depth], WIDTHS, strict=True):
+        for count, wide in zip(STAGES[depth], widths, strict=True):
             for _ in range(count):
                 modules += [
-                    layer(in_channels=channels, out_channels=width),
-                    nn.BatchNorm2d(width),
+                    layer(in_channels=channels, out_channels=wide),
+                    nn.BatchNorm2d(wide),
                     nn.ReLU(inplace=True),
                 ]
-                channels = width
+                channels = wide
             modules.append(nn.MaxPool2d(kernel_size=2, stride=2))
         self.features = nn.Sequential(*modules)
+        if classifier == "gap":
+            self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+            self.classifier = nn.Linear(channels, num_classes)
+            return
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
         self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, hidden_features),
+            nn.Linear(channels * 7 * 7, hidden_features),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
             nn.Linear(hidden_features, hidden_features),

@@ -1,7 +1,8 @@
-"""Time exact K-nearest-neighbor search beside scikit-learn, faiss and plain PyTorch.
+"""Time exact K-nearest-neighbor search beside faiss, scikit-learn, oneDAL, USearch and PyTorch.
 
 Every method runs in a process of its own, on the same files, with the same number of threads; its
-time is that of handing over the keys and searching once, after a small search to warm up. Extra
+time is that of handing over the keys and searching once, after a small search to warm up. "Built"
+leaves out handing over: the keys have been searched before. Ratios are those to "ours". Extra
 memory is the peak of the process above what it held with keys and queries loaded. Neighbors are
 compared by their float64 distances, so that exact ties may differ. Examples:
 
@@ -27,7 +28,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-METHODS = ("ours", "ours float32", "faiss", "scikit-learn", "torch cdist")
+METHODS = ("ours", "ours float32", "ours built", "faiss", "faiss built")
+METHODS += ("scikit-learn", "scikit-learn-intelex", "USearch", "torch cdist")
+PIXELS = {"pixels": "FashionMNIST"}  # kinds of data, and the data set whose images they are
+PIXELS |= dict.fromkeys(("mnist", "mnist float32", "mnist sorted"), "MNIST")
 FIELDS = ("data", "keys", "queries", "dim", "k", "threads", "method", "seconds", "extra_mib")
 FIELDS += ("cpu_seconds", "agreement", "worst_excess", "ratio", "note")
 
@@ -45,37 +49,72 @@ def resident_mib(key):
 
 
 def run_method(method, keys, queries, k):
-    """Return (function of keys, queries, k that gives indices, note)."""
+    """Hand over the keys and search: (indices, note)."""
+    find, note = make_method(method, keys, k)
+    return find(queries), note()
+
+
+def make_method(method, keys, k):
+    """Hand over the keys; return (function of queries that gives indices, function of the note)."""
     if method.startswith("ours"):
         import torch
 
         from ops.sets.index import ExactIndex
 
         index = ExactIndex(keys, precision="float32" if "float32" in method else "auto")
-        indices = index.search(torch.from_numpy(queries), k)[1].numpy()
-        return indices, index.path
-    if method == "faiss":
+        return lambda rows: index.search(torch.from_numpy(rows), k)[1].numpy(), lambda: index.path
+    if method.startswith("faiss"):
         import faiss
 
         index = faiss.IndexFlatL2(keys.shape[1])
         index.add(keys.astype(np.float32, copy=False))
         core = os.environ.get("OPENBLAS_CORETYPE", "as detected")
-        found = index.search(queries.astype(np.float32, copy=False), k)[1]
-        return found, f"faiss {faiss.__version__}, OpenBLAS core {core}"
+        note = f"faiss {faiss.__version__}, OpenBLAS core {core}"
+        return lambda rows: index.search(rows.astype(np.float32, copy=False), k)[1], lambda: note
     if method == "scikit-learn":
         import sklearn
         from sklearn.neighbors import KNeighborsClassifier
 
         model = KNeighborsClassifier(k, algorithm="brute", n_jobs=int(os.environ["THREADS"]))
-        model.fit(keys.astype(np.float32, copy=False), np.zeros(len(keys)))
-        found = model.kneighbors(queries.astype(np.float32, copy=False), return_distance=False)
-        return found, f"scikit-learn {sklearn.__version__}"
+        return _sklearn_search(model, keys), lambda: f"scikit-learn {sklearn.__version__}"
+    if method == "scikit-learn-intelex":
+        from importlib.metadata import version
+
+        from sklearnex.neighbors import KNeighborsClassifier
+
+        model = KNeighborsClassifier(k, algorithm="brute", n_jobs=int(os.environ["THREADS"]))
+        note = f"scikit-learn-intelex {version('scikit-learn-intelex')}"
+        return _sklearn_search(model, keys), lambda: note
+    if method == "USearch":
+        import usearch
+        from usearch.index import MetricKind, search
+
+        keys = keys.astype(np.float32, copy=False)
+        options = {"exact": True, "threads": int(os.environ["THREADS"])}
+
+        def find(rows):
+            rows = rows.astype(np.float32, copy=False)
+            found = search(keys, rows, k, MetricKind.L2sq, **options).keys
+            return found.reshape(len(rows), k).astype(np.int64)
+
+        return find, lambda: f"USearch {usearch.__version__}, float32"
     if method == "torch cdist":
         import torch
 
-        a, b = (torch.from_numpy(x.astype(np.float32, copy=False)) for x in (queries, keys))
-        return torch.cdist(a, b).topk(k, largest=False).indices.numpy(), torch.__version__
+        b = torch.from_numpy(keys.astype(np.float32, copy=False))
+
+        def find(rows):
+            a = torch.from_numpy(rows.astype(np.float32, copy=False))
+            return torch.cdist(a, b).topk(k, largest=False).indices.numpy()
+
+        return find, lambda: torch.__version__
     raise ValueError(method)
+
+
+def _sklearn_search(model, keys):
+    """Fit a model of scikit-learn's kind and return its search."""
+    model.fit(keys.astype(np.float32, copy=False), np.zeros(len(keys)))
+    return lambda rows: model.kneighbors(rows.astype(np.float32, copy=False), return_distance=False)
 
 
 def work(folder, method, k, repeat, mapped):
@@ -85,7 +124,7 @@ def work(folder, method, k, repeat, mapped):
         import torch
 
         torch.set_num_threads(threads)
-    elif method == "faiss":
+    elif method.startswith("faiss"):
         import faiss
 
         faiss.omp_set_num_threads(threads)
@@ -96,9 +135,15 @@ def work(folder, method, k, repeat, mapped):
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     seconds, busy = [], []
+    if method.endswith("built"):
+        find, words = make_method(method, keys, k)
+        find(queries)
     for _ in range(repeat):
         start, used = time.perf_counter(), time.process_time()
-        indices, note = run_method(method, keys, queries, k)
+        if method.endswith("built"):
+            indices, note = find(queries), words()
+        else:
+            indices, note = run_method(method, keys, queries, k)
         seconds.append(time.perf_counter() - start)
         busy.append(time.process_time() - used)
     extra = resident_mib("VmHWM") - before
@@ -124,7 +169,7 @@ def measure(folder, method, k, threads, repeat, mapped=False):
     """Run one method in a process of its own."""
     environment = {**os.environ, "THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     environment["MKL_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = str(threads)
-    if method == "faiss":
+    if method.startswith("faiss"):
         environment |= faiss_environment()
     command = [sys.executable, __file__, "--worker", str(folder), "--method", method]
     command += ["--k", str(k), "--repeat", str(repeat)] + ["--mapped"] * mapped
@@ -141,13 +186,16 @@ def measure(folder, method, k, threads, repeat, mapped=False):
 def make_case(folder, kind, n, m, d, seed, data_path):
     """Write keys.npy and queries.npy."""
     rng = np.random.default_rng(seed)
-    if kind == "pixels":
-        from dataset import load_data
+    if kind in PIXELS:
+        from torchvision import datasets
 
-        options = {"resize": None, "min_side": 1, "augment": False, "noise": 0.0}
-        data = load_data("fashionmnist", data_path=data_path, normalize=False, seed=0, **options)
-        keys = data.train.images[:n].flatten(1).numpy()
-        queries = data.test.images[:m].flatten(1).numpy()
+        dataset = getattr(datasets, PIXELS[kind])
+        train, test = (dataset(data_path, train=part, download=True) for part in (True, False))
+        keys, queries = train.data[:n].flatten(1).numpy(), test.data[:m].flatten(1).numpy()
+        if "sorted" in kind:
+            keys = keys[np.argsort(train.targets[:n].numpy(), kind="stable")]
+        if "float32" in kind:
+            keys, queries = (rows.astype(np.float32) for rows in (keys, queries))
         np.save(folder / "keys.npy", keys)
         np.save(folder / "queries.npy", queries)
         return
@@ -219,9 +267,9 @@ def run_case(case, args, writer):
         for method in args.methods:
             if method == "torch cdist" and n * m * 4 > 6 << 30:
                 continue
-            if method == "ours float32" and kind in ("pixels", "bytes"):
+            if method == "ours float32" and kind in (*PIXELS, "bytes"):
                 continue
-            slow = method == "scikit-learn" and 2e-9 * n * m * d > args.max_gflop
+            slow = method in ("scikit-learn", "USearch") and 2e-9 * n * m * d > args.max_gflop
             if slow:
                 continue
             result = measure(folder, method, k, args.threads, args.repeat)
@@ -317,7 +365,7 @@ def plot(path, output):
                 ]
                 if mine:
                     style = {"markersize": 4, "color": f"C{number}", "label": method}
-                    axis.plot(*zip(*mine, strict=True), "osD^v"[number], **style)
+                    axis.plot(*zip(*mine, strict=True), "osD^vPX*d"[number], **style)
             axis.axvline(1, color="black", linewidth=1)
             axis.set_title(f"{kind}, {dim} dimensions", fontsize=9)
             axis.grid(alpha=0.3, which="both")

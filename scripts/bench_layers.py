@@ -298,6 +298,8 @@ def measure(label, shape, options, args, repeats):
         for key, column in (("speedup", "forward_backward_ms"), ("memory_ratio", "peak_mib")):
             plain = base.get("plain")
             row[key] = plain[column] / row[column] if plain and row[column] > 0 else math.nan
+        conv, column = base.get("conv2d"), "forward_backward_ms"
+        row["over_conv2d"] = row[column] / conv[column] if conv else math.nan
     return rows
 
 
@@ -307,15 +309,17 @@ def number(value, digits=1):
 
 def print_rows(rows):
     print(
-        "| case | input | implementation | fwd ms | fwd+bwd ms (quartiles) | x plain | MiB | 1/x |"
+        "| case | input | implementation | fwd ms | fwd+bwd ms (quartiles) | ÷ Conv2d | x plain "
+        "| MiB | 1/x |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         spread = f"({number(r['quartile1_ms'])}-{number(r['quartile3_ms'])})"
         print(
             f"| {r['case']} | {r['shape']} {r['sampling']} | {r['implementation']} "
             f"| {number(r['forward_ms'])} | {number(r['forward_backward_ms'])} {spread} "
-            f"| {number(r['speedup'])} | {number(r['peak_mib'], 0)} "
+            f"| {number(r['over_conv2d'], 2)} | {number(r['speedup'])} "
+            f"| {number(r['peak_mib'], 0)} "
             f"| {number(r['memory_ratio'])} |",
             flush=True,
         )

@@ -21,17 +21,31 @@ from dataset import (
 from options import Options
 from tasks.approximation import ApproximationTask, PictureOptions, build_image
 from tasks.classification import ClassificationTask
+from tasks.correspondence import (
+    CorrespondenceTask,
+    MatchOptions,
+    SceneOptions,
+    build_matches,
+    build_scenes,
+)
 from tasks.denoising import DenoisingTask
 from tasks.generated import (
     CopyOptions,
-    MatchOptions,
     RecallOptions,
     build_copy,
     build_match,
     build_recall,
 )
+from tasks.generated import MatchOptions as MatchPictureOptions
 from tasks.language import LanguageTask, TextOptions, build_text
-from tasks.restoration import CleanFoldersOptions, build_denoise, build_photos
+from tasks.restoration import (
+    CleanFoldersOptions,
+    PairedFoldersOptions,
+    build_denoise,
+    build_pairs,
+    build_photos,
+)
+from tasks.super_resolution import SuperResolutionTask
 from tasks.task import Finding, Needs, Task
 
 __all__ = ["DATASETS", "TASKS", "DatasetEntry", "Finding", "Needs", "Task"]
@@ -39,6 +53,8 @@ __all__ = ["DATASETS", "TASKS", "DatasetEntry", "Finding", "Needs", "Task"]
 TASKS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "denoising": DenoisingTask,
+    "super_resolution": SuperResolutionTask,
+    "correspondence": CorrespondenceTask,
     "approximation": ApproximationTask,
     "language": LanguageTask,
 }
@@ -105,10 +121,13 @@ DATASETS: dict[str, DatasetEntry] = {
     "imagefolder": _labelled(build_imagefolder),
     "npz": _labelled(build_npz),
     "recall": DatasetEntry(("classification",), build_recall, RecallOptions),
-    "match": DatasetEntry(("classification",), build_match, MatchOptions),
+    "match": DatasetEntry(("classification",), build_match, MatchPictureOptions),
     "copy": DatasetEntry(("classification",), build_copy, CopyOptions),
-    "denoise": DatasetEntry(("denoising",), build_denoise, CleanFoldersOptions),
-    "photos": DatasetEntry(("denoising",), build_photos),
+    "denoise": DatasetEntry(("denoising", "super_resolution"), build_denoise, CleanFoldersOptions),
+    "pairs": DatasetEntry(("denoising",), build_pairs, PairedFoldersOptions),
+    "photos": DatasetEntry(("denoising", "super_resolution"), build_photos),
+    "scenes": DatasetEntry(("correspondence",), build_scenes, SceneOptions),
+    "matches": DatasetEntry(("correspondence",), build_matches, MatchOptions),
     "image": DatasetEntry(("approximation",), build_image, PictureOptions),
     "text": DatasetEntry(("language",), build_text, TextOptions),
 }

@@ -131,9 +131,10 @@ class ClassificationTask(Task):
         return {"min_side": needs.min_side, "normalize": needs.normalize}
 
     def sizes(self, data: Data) -> dict[str, Any]:
-        """Return channels, features of a flattened sample, and classes."""
+        """Return channels, height and width, features of a flattened sample, and classes."""
         return {
             "in_channels": data.sample_shape[0],
+            "image_size": tuple(data.sample_shape[1:]),
             "num_inputs": math.prod(data.sample_shape),
             "num_classes": data.num_outputs,
         }

@@ -12,21 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from dataset import Data, DataError, read_image, read_image_folders
+from dataset import Data, DataError, read_image_folders
 from options import Options, option
+from tasks.pictures import check_target, find_pictures, read_picture, write_picture
 from tasks.quality import psnr, ssim
 from tasks.task import Evaluate, Finding, Needs, Task
-from tasks.tiling import check_tiles, forward_in_tiles
-from utils import CsvLog, RunFolder, atomic_path, save_panels
+from tasks.tiling import check_tiles, forward_in_tiles, largest_tile
+from utils import CsvLog, RunFolder, save_panels
 
 __all__ = [
     "CleanFoldersOptions",
     "DegradedCrops",
     "DegradedImages",
     "ImageReport",
+    "PairedCrops",
+    "PairedFoldersOptions",
+    "PairedImages",
     "RestorationOptions",
     "RestorationTask",
     "build_denoise",
+    "build_pairs",
     "build_photos",
 ]
 
@@ -36,6 +41,40 @@ Degrade = Callable[[Tensor, torch.Generator | None], Tensor]
 
 # ---------------------------------------------------------------------------------------------
 # Data
+
+
+class DegradedImages(Dataset):
+    """Whole images, damaged in a way that depends on the seed and the position in the set.
+
+    Sizes differ, so that a batch is one image.
+
+    Args:
+        images: Clean images (C, H, W) uint8.
+        names: Their names.
+        degrade: The damage.
+        seed: Seed of the damage.
+    """
+
+    max_batch_size = 1
+
+    def __init__(
+        self, images: Sequence[Tensor], names: Sequence[str], degrade: Degrade, seed: int
+    ) -> None:
+        self.images, self.names = list(images), list(names)
+        self.degrade, self.seed = degrade, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        clean = self.images[index].float().div_(255)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        return self.degrade(clean, generator), clean
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch of equally large images: degraded and clean (B, C, H, W) float32."""
+        pairs = [self[i] for i in indices]
+        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
 
 
 class DegradedCrops(Dataset):
@@ -48,6 +87,8 @@ class DegradedCrops(Dataset):
         degrade: The damage.
         repeat: Crops of each image in an epoch.
     """
+
+    whole = DegradedImages  # what is held out
 
     def __init__(
         self,
@@ -85,7 +126,11 @@ class DegradedCrops(Dataset):
             piece = image[:, top : top + self.crop, left : left + self.crop]
             piece = piece.rot90(turns, (1, 2))
             crops.append(piece.flip(2) if mirror else piece)
-        clean = torch.stack(crops).float().div_(255)
+        return self.pair(torch.stack(crops))
+
+    def pair(self, crops: Tensor) -> tuple[Any, Any]:
+        """Make a batch of crops (B, C, crop, crop)."""
+        clean = crops.float().div_(255)
         return self.degrade(clean, None), clean
 
     def hold_out(self, fraction: float, seed: int) -> tuple["DegradedCrops", "DegradedImages"]:
@@ -104,43 +149,29 @@ class DegradedCrops(Dataset):
             return [self.images[i] for i in chosen], [self.names[i] for i in chosen]
 
         return (
-            DegradedCrops(*pick(train), self.crop, self.degrade, self.repeat),
-            DegradedImages(*pick(val), self.degrade, seed),
+            type(self)(*pick(train), self.crop, self.degrade, self.repeat),
+            self.whole(*pick(val), self.degrade, seed),
         )
 
 
-class DegradedImages(Dataset):
-    """Whole images, damaged in a way that depends on the seed and the position in the set.
-
-    Sizes differ, so that a batch is one image.
-
-    Args:
-        images: Clean images (C, H, W) uint8.
-        names: Their names.
-        degrade: The damage.
-        seed: Seed of the damage.
-    """
-
-    max_batch_size = 1
-
-    def __init__(
-        self, images: Sequence[Tensor], names: Sequence[str], degrade: Degrade, seed: int
-    ) -> None:
-        self.images, self.names = list(images), list(names)
-        self.degrade, self.seed = degrade, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
+class PairedImages(DegradedImages):
+    """Whole images with real noise: noisy above clean in one image (2C, H, W) uint8."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        clean = self.images[index].float().div_(255)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return self.degrade(clean, generator), clean
+        both = self.images[index].float().div_(255)
+        noisy, clean = both.chunk(2)
+        return noisy, clean
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch of equally large images: degraded and clean (B, C, H, W) float32."""
-        pairs = [self[i] for i in indices]
-        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+class PairedCrops(DegradedCrops):
+    """Crops of them; nothing is drawn but where they lie, and how they are turned."""
+
+    whole = PairedImages
+
+    def pair(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """Take crops (B, 2C, crop, crop) apart."""
+        noisy, clean = crops.float().div_(255).chunk(2, 1)
+        return noisy, clean
 
 
 @dataclass(frozen=True)
@@ -166,6 +197,46 @@ class CleanFoldersOptions(Options):
             raise ValueError("--dataset denoise needs --train_dir: folders of clean images.")
 
 
+@dataclass(frozen=True)
+class PairedFoldersOptions(Options):
+    """Folders of pictures with real noise, and of the same pictures without."""
+
+    title = "Pairs of pictures (--dataset pairs)"
+    noisy_dir: list[str] = option(
+        None, "folders of noisy images to train on", several="list", metavar="DIR", resumable=True
+    )
+    clean_dir: list[str] = option(
+        None, "folders of the same images, clean", several="list", metavar="DIR", resumable=True
+    )
+    test_noisy_dir: list[str] = option(
+        None, "folders of noisy images to test on", several="list", metavar="DIR", resumable=True
+    )
+    test_clean_dir: list[str] = option(
+        None, "folders of the same images, clean", several="list", metavar="DIR", resumable=True
+    )
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        """Refuse a run that lacks its folders."""
+        if values["input"] is not None:
+            return
+        for start in ("", "test_"):
+            noisy, clean = values[f"{start}noisy_dir"], values[f"{start}clean_dir"]
+            if bool(noisy) != bool(clean):
+                raise ValueError(
+                    f"--{start}noisy_dir and --{start}clean_dir go together: noisy pictures, and "
+                    "the same ones clean."
+                )
+        if not values["test_noisy_dir"]:
+            raise ValueError(
+                "--dataset pairs needs --test_noisy_dir and --test_clean_dir: pictures to test on."
+            )
+        if not values["noisy_dir"] and not values["test_only"]:
+            raise ValueError(
+                "--dataset pairs needs --noisy_dir and --clean_dir: pictures to train on."
+            )
+
+
 Pictures = tuple[list[Tensor], list[str], list[str]]  # images, names, notes
 
 
@@ -181,9 +252,84 @@ def build_denoise(
     """
     if options.pop("evaluation_only"):
         train_dir = None
-    test = read_image_folders(test_dir, options["color"], "--test_dir")
-    train = read_image_folders(train_dir, options["color"], "--train_dir") if train_dir else None
+    reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
+    test = read_image_folders(test_dir, flag="--test_dir", **reading)
+    train = read_image_folders(train_dir, flag="--train_dir", **reading) if train_dir else None
     return restoration_data("denoise", train, test, **options)
+
+
+def build_pairs(
+    *,
+    noisy_dir: Sequence[str] | None,
+    clean_dir: Sequence[str] | None,
+    test_noisy_dir: Sequence[str],
+    test_clean_dir: Sequence[str],
+    **options: Any,
+) -> Data:
+    """Load folders of pictures with real noise beside folders of the same pictures without.
+
+    Args:
+        noisy_dir: Folders to train on; None loads nothing to train on.
+        clean_dir: Their clean twins, by file name (suffixes may differ).
+        test_noisy_dir: Folders to test on.
+        test_clean_dir: Their clean twins.
+        **options: See :func:`restoration_data`; and `evaluation_only`: leave out training data.
+    """
+    color, train = options["color"], None
+    if noisy_dir and not options.pop("evaluation_only"):
+        train = read_pairs(noisy_dir, clean_dir, color, ("--noisy_dir", "--clean_dir"))
+    options.pop("evaluation_only", None)
+    flags = ("--test_noisy_dir", "--test_clean_dir")
+    test = read_pairs(test_noisy_dir, test_clean_dir, color, flags)
+    return restoration_data("pairs", train, test, kinds=(PairedCrops, PairedImages), **options)
+
+
+def read_pairs(
+    noisy: Sequence[str], clean: Sequence[str], color: bool, flags: tuple[str, str]
+) -> Pictures:
+    """Read pictures and their clean twins, found by name.
+
+    Args:
+        noisy: Folders of noisy pictures.
+        clean: Folders of clean ones.
+        color: See `dataset.read_image`.
+        flags: The flags that named the folders, for messages.
+
+    Returns:
+        Noisy above clean, (2C, H, W) uint8, their names, and notes for the user.
+
+    Raises:
+        DataError: If a picture has no twin, or one of another size.
+    """
+    images, names, notes = read_image_folders(noisy, color, flags[0])
+    clean_images, clean_names, clean_notes = read_image_folders(clean, color, flags[1])
+    twins: list[dict[str, int]] = []  # positions by name, noisy and clean
+    for found, flag in ((names, flags[0]), (clean_names, flags[1])):
+        twins.append({Path(name).stem: i for i, name in enumerate(found)})
+        if len(twins[-1]) < len(found):
+            twice = next(n for i, n in enumerate(found) if twins[-1][Path(n).stem] != i)
+            raise DataError(f"{flag} holds two pictures of the name {Path(twice).stem}.")
+    for mine, others, all_names, flag, other_flag in (
+        (*twins, names, *flags),
+        (*reversed(twins), clean_names, *reversed(flags)),
+    ):
+        if lonely := sorted(set(mine) - set(others)):
+            raise DataError(
+                f"{flag} holds {all_names[mine[lonely[0]]]}, and {other_flag} no picture of that "
+                "name: every picture needs its twin, noisy and clean."
+            )
+    stacked = []
+    for image, name in zip(images, names, strict=True):
+        position = twins[1][Path(name).stem]
+        twin = clean_images[position]
+        if twin.shape != image.shape:
+            raise DataError(
+                f"{name} is {image.shape[1]}x{image.shape[2]} and its clean twin "
+                f"{clean_names[position]} is {twin.shape[1]}x{twin.shape[2]}: a pair shows the "
+                "same pixels."
+            )
+        stacked.append(torch.cat((image, twin)))
+    return stacked, names, [*notes, *clean_notes]
 
 
 def build_photos(*, evaluation_only: bool = False, **options: Any) -> Data:
@@ -199,9 +345,10 @@ def build_photos(*, evaluation_only: bool = False, **options: Any) -> Data:
     pictures = Path(sklearn.__file__).parent / "datasets" / "images"
     samples = Path(matplotlib.get_data_path()) / "sample_data"
     train_files = [pictures / "china.jpg", samples / "grace_hopper.jpg"]
-    color = options["color"]
-    train = read_image_folders([str(f) for f in train_files if f.is_file()], color, "training")
-    test = read_image_folders([str(pictures / "flower.jpg")], color, "test")
+    reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
+    there = [str(file) for file in train_files if file.is_file()]
+    train = read_image_folders(there, flag="training", **reading)
+    test = read_image_folders([str(pictures / "flower.jpg")], flag="test", **reading)
     data = restoration_data("photos", train, test, **options)
     data.notes = [f"Photographs: trains on {', '.join(train[1])}; tests on {test[1][0]}."]
     return data
@@ -218,6 +365,8 @@ def restoration_data(
     crop_size: int,
     crops_per_image: int,
     seed: int,
+    extra_channels: int = 0,
+    kinds: tuple[type[DegradedCrops], type[DegradedImages]] = (DegradedCrops, DegradedImages),
 ) -> Data:
     """Wrap clean pictures as data of a restoration task.
 
@@ -231,17 +380,19 @@ def restoration_data(
         crop_size: Side of training crops in pixels.
         crops_per_image: Crops of each image in an epoch.
         seed: Seed of the damage to test images.
+        extra_channels: Channels that the damage adds to the input.
+        kinds: Classes of training and test sets.
     """
     channels = 3 if color else 1
     crops = None
     if train is not None:
-        crops = DegradedCrops(train[0], train[1], crop_size, degrade, crops_per_image)
+        crops = kinds[0](train[0], train[1], crop_size, degrade, crops_per_image)
     return Data(
         name=name,
         task=task,
         train=crops,
-        test=DegradedImages(test[0], test[1], degrade, seed),
-        sample_shape=(channels, crop_size, crop_size),
+        test=kinds[1](test[0], test[1], degrade, seed),
+        sample_shape=(channels + extra_channels, crop_size, crop_size),
         num_outputs=channels,
         notes=[*(train[2] if train else []), *test[2]],
     )
@@ -249,6 +400,11 @@ def restoration_data(
 
 # ---------------------------------------------------------------------------------------------
 # The task
+
+
+def tile_side(text: str) -> int | str:
+    """Read a whole number or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 @dataclass(frozen=True)
@@ -270,7 +426,13 @@ class RestorationOptions(Options):
         choices=("sum", "mean"),
     )
     loss_scale: float = option(0.25, "see --loss_reduction", least=0, most=1e12)
-    tile: int = option(0, "evaluate by tiles of this side; 0: whole", least=0, most=8192)
+    tile: int | str = option(
+        0,
+        "evaluate by tiles of this side; 0: whole; auto: as large as half the free memory allows",
+        kind=tile_side,
+        least=0,
+        most=8192,
+    )
     tile_overlap: int = option(
         None,
         "pixels that tiles share; not given: 64, or half a small tile",
@@ -278,9 +440,21 @@ class RestorationOptions(Options):
         least=0,
         most=8192,
     )
+    self_ensemble: bool = option(
+        False, "in evaluation: average what the eight flips and turns of an image give"
+    )
     save_images: bool = option(False, "draw degraded, restored and clean test images side by side")
-    input: str = option(None, "with --test_only: restore this picture", metavar="FILE", of_run=True)
-    output: str = option(None, "where the restored --input goes", metavar="FILE", of_run=True)
+    input: str = option(
+        None,
+        "restore these pictures: files, folders or patterns, with the weights of --test_only or "
+        "--pretrained, or with those that come along",
+        several="list",
+        metavar="FILE",
+        of_run=True,
+    )
+    output: str = option(
+        None, "where the restored --input goes: a file or a folder", metavar="FILE", of_run=True
+    )
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
@@ -294,8 +468,8 @@ class RestorationOptions(Options):
             raise ValueError(
                 "--input needs --test_only, and --pretrained or the folder of a trained run."
             )
-        if source is not None and not Path(source).is_file():
-            raise ValueError(f"--input {source}: there is no such file.")
+        if source is not None:
+            find_pictures(source, target)
 
 
 class RestorationTask(Task):
@@ -310,8 +484,10 @@ class RestorationTask(Task):
         loss_reduction: "sum": half the sum of squares of each image times `loss_scale`, averaged
             over images (published); "mean": the mean square.
         loss_scale: See loss_reduction; published is 0.25 for crops of 80×80.
-        tile: Restore in evaluation by tiles of this side; 0: whole images.
+        tile: Restore in evaluation by tiles of this side; 0: whole images; "auto": whole images as
+            far as half the free memory goes, then tiles as large as it allows.
         tile_overlap: Pixels that tiles share; None: 64, or half a small tile.
+        self_ensemble: Restore in evaluation all eight flips and turns, and average.
         save_images: Draw test images when a run ends.
         seed: Seed of the damage to test images.
     """
@@ -329,6 +505,7 @@ class RestorationTask(Task):
     }
     treats_files = True
     before, after, done = "degraded", "restored", "Restored"
+    extra_channels = 0  # channels of the input beside those of the picture
 
     def __init__(
         self,
@@ -338,16 +515,18 @@ class RestorationTask(Task):
         crops_per_image: int = 128,
         loss_reduction: str = "sum",
         loss_scale: float = 0.25,
-        tile: int = 0,
+        tile: int | str = 0,
         tile_overlap: int | None = None,
+        self_ensemble: bool = False,
         save_images: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed)
         self.color, self.crop_size, self.crops_per_image = color, crop_size, crops_per_image
         self.loss_reduction, self.loss_scale = loss_reduction, loss_scale
-        self.tile, self.save_images = tile, save_images
-        self.tile_overlap = min(64, tile // 2) if tile_overlap is None else tile_overlap
+        self.tile, self.save_images, self.self_ensemble = tile, save_images, self_ensemble
+        self.tile_overlap = tile_overlap
+        self.shows_tiles = False
 
     def degrade(self, clean: Tensor, generator: torch.Generator | None) -> Tensor:
         """Damage clean images."""
@@ -365,6 +544,7 @@ class RestorationTask(Task):
             "degrade": self.degrade,
             "crop_size": self.crop_size,
             "crops_per_image": self.crops_per_image,
+            "extra_channels": self.extra_channels,
             "evaluation_only": needs.evaluation_only,
         }
 
@@ -372,30 +552,64 @@ class RestorationTask(Task):
         """Return channels, and samples of an epoch."""
         return {
             "in_channels": data.sample_shape[0],
+            "out_channels": self.channels,
             "num_samples": 0 if data.train is None else len(data.train),
         }
 
     @property
+    def channels(self) -> int:
+        """Channels of a picture."""
+        return 3 if self.color else 1
+
+    @property
     def known_shape(self) -> tuple[int, int, int]:
         """Shape of a training sample, known before anything is loaded."""
-        return (3 if self.color else 1, self.crop_size, self.crop_size)
+        return (self.channels + self.extra_channels, self.crop_size, self.crop_size)
+
+    def overlap(self, tile: int) -> int:
+        """Pixels that tiles of this side share."""
+        return min(64, tile // 2) if self.tile_overlap is None else self.tile_overlap
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse tiles that the model cannot work with."""
-        if not self.tile:
+        if not self.tile or self.tile == "auto":
             return
+        overlap = self.overlap(self.tile)
         try:
-            check_tiles(model, self.tile, self.tile_overlap)
+            check_tiles(model, self.tile, overlap)
         except ValueError as error:
-            raise ValueError(
-                f"--tile {self.tile} --tile_overlap {self.tile_overlap}: {error}"
-            ) from error
+            raise ValueError(f"--tile {self.tile} --tile_overlap {overlap}: {error}") from error
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Restore whole images, by tiles if they are asked for."""
-        if not self.tile:
+        """Restore whole images, by tiles and in eight orientations if that is asked for."""
+        if not self.self_ensemble:
+            return self._predict(model, inputs)
+        total: Any = 0
+        for turns in range(4):
+            for mirrored in (False, True):
+                turned = inputs.rot90(turns, (-2, -1))
+                out = self._predict(model, turned.flip(-1) if mirrored else turned)
+                total = total + (out.flip(-1) if mirrored else out).rot90(-turns, (-2, -1))
+        return total / 8
+
+    def _predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        if self.tile == "auto":
+            self.tile = largest_tile(model, inputs.shape[1], inputs.device)
+            print(f"Tiles of up to {self.tile} pixels fit into half the memory that is free.")
+        if not self.tile or max(inputs.shape[-2:]) <= self.tile:
             return model(inputs)
-        return forward_in_tiles(model, inputs, tile=self.tile, overlap=self.tile_overlap)
+        overlap = self.overlap(self.tile)
+        return forward_in_tiles(
+            model, inputs, tile=self.tile, overlap=overlap, progress=self.shows_tiles
+        )
+
+    def restore(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Restore the channels of one picture nothing is known of: (B, C, H, W)."""
+        return self.predict(model, images)
+
+    def visible(self, inputs: Tensor) -> Tensor:
+        """Return the picture that an input (B, C, H, W) shows."""
+        return inputs[:, : self.channels]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean over images of their squared error."""
@@ -424,13 +638,25 @@ class RestorationTask(Task):
         """Evaluate on the test set, with a table of images, and pictures if they are asked for."""
         base = data.test.dataset if isinstance(data.test, Subset) else data.test
         report = ImageReport(base.names, run, self.before, self.after, pictures=self.save_images)
-        metrics = evaluate(data.test, observe=report.add)
+
+        def observe(inputs: Tensor, outputs: Tensor, clean: Tensor, metrics: Mapping) -> None:
+            report.add(self.visible(inputs), outputs, clean, metrics)
+
+        metrics = evaluate(data.test, observe=observe)
         tiles = (
-            f"tiles of {self.tile}, overlap {self.tile_overlap}" if self.tile else "whole images"
+            f"tiles of {self.tile}, overlap {self.overlap(self.tile)}"
+            if self.tile
+            else "whole images"
+        )
+        if self.self_ensemble:
+            tiles += ", average of eight flips and turns"
+        damage = (
+            "pictures as they were taken"
+            if isinstance(base, PairedImages)
+            else f"{self.describe_damage()}, seed {self.seed} and position in the set"
         )
         protocol = (
-            f"Protocol: {self.describe_damage()}, seed {self.seed} and "
-            f"position in the set; {'color' if self.color else 'gray'} images in [0, 1], float32, "
+            f"Protocol: {damage}; {'color' if self.color else 'gray'} images in [0, 1], float32, "
             f"{tiles}, no border cropped; "
             f"neither {self.before} nor {self.after} images clipped; PSNR and SSIM per image, then "
             "averaged; SSIM with a Gaussian window of 11x11, sigma 1.5, zeros beyond the border."
@@ -454,26 +680,47 @@ class RestorationTask(Task):
             {"test": metrics}, [f"Test images with the weights of epoch {epoch}:", *lines]
         )
 
+    def files(self, inputs: Sequence[str], output: str) -> list[tuple[Path, Path]]:
+        """Return the pictures to restore, each with the file it goes to."""
+        return find_pictures(inputs, output)
+
     def apply(self, model: nn.Module, source: str, target: str, device: torch.device) -> str:
         """Restore one picture; nothing is added to it."""
-        from PIL import Image
-
         try:
-            image, converted = read_image(source, self.color)
-            if converted:
-                print(f"{source} is converted to {'color' if self.color else 'gray'}.")
+            picture = read_picture(source)
+            check_target(target, picture)
+            self.shows_tiles = True
             with torch.no_grad():
-                out = self.predict(model.eval(), image[None].to(device).float() / 255)[0]
+                pixels, how = self.treat(model.eval(), picture.pixels.to(device))
         except ValueError as error:  # no picture, or too small for the window, say
             raise ValueError(f"--input {source}: {error}") from error
-        pixels = (out.clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
-        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
+        height, width = picture.pixels.shape[1:]
+        picture.pixels = pixels.cpu()
+        if picture.alpha is not None:
+            picture.alpha = self.treat_alpha(picture.alpha)
         try:
-            with atomic_path(target) as temporary:
-                Image.fromarray(pixels if self.color else pixels[:, :, 0]).save(temporary)
-        except ValueError as error:  # a suffix that names no format
+            lost = write_picture(target, picture)
+        except (ValueError, OSError) as error:  # a format that does not take these channels, say
             raise ValueError(f"--output {target}: {error}") from error
-        return f"{self.done} {source} ({image.shape[1]}x{image.shape[2]}) into {target}."
+        return f"{self.done} {source} ({height}x{width}{how}) into {target}{lost}."
+
+    def treat_alpha(self, alpha: Tensor) -> Tensor:
+        """Return the alpha channel (1, H, W) of a restored picture."""
+        return alpha
+
+    def treat(self, model: nn.Module, pixels: Tensor) -> tuple[Tensor, str]:
+        """Restore the pixels (C, H, W) of a picture, gray or color, whatever the network takes.
+
+        Returns:
+            The restored pixels, and how channels were matched, for the user.
+        """
+        if self.color and len(pixels) == 1:
+            out = self.restore(model, pixels.expand(3, -1, -1)[None])[0]
+            return out.mean(0, keepdim=True), ", gray by a network for color"
+        if not self.color and len(pixels) == 3:
+            out = self.restore(model, pixels[:, None])
+            return out[:, 0], ", channel by channel by a network for gray"
+        return self.restore(model, pixels[None])[0], ""
 
 
 class ImageReport:
@@ -507,19 +754,38 @@ class ImageReport:
     def add(self, degraded: Tensor, outputs: Tensor, clean: Tensor, metrics: Mapping) -> None:
         """Take note of a batch."""
         for i, before in enumerate(psnr(degraded, clean).tolist()):
-            name = self.names[len(self.rows)]
-            after = {key: values[i].item() for key, values in metrics.items() if key != "loss"}
-            self.rows.append({"image": name, f"{self.before}_psnr": before, **after})
-            if self.pictures:
-                path = self.run.file(f"{self.PICTURES}/{len(self.rows):03d}_{Path(name).stem}.png")
-                save_panels(
-                    path,
-                    {
-                        f"{self.before} {before:.2f} dB": degraded[i],
-                        f"{self.after} {after['psnr']:.2f} dB": outputs[i],
-                        "clean": clean[i],
-                    },
-                )
+            after = {key: values[i].item() for key, values in metrics.items()}
+            self.enter(before, after, {}, degraded[i], outputs[i], {"clean": clean[i]})
+
+    def enter(
+        self,
+        before: float,
+        metrics: Mapping[str, float],
+        first: Mapping[str, Tensor],
+        degraded: Tensor,
+        output: Tensor,
+        last: Mapping[str, Tensor],
+    ) -> None:
+        """Take note of an image.
+
+        Args:
+            before: PSNR of the degraded image.
+            metrics: What the restored image has.
+            first: Pictures left of the degraded one, by caption.
+            degraded: The degraded image (C, H, W).
+            output: The restored one.
+            last: Pictures right of it.
+        """
+        name = self.names[len(self.rows)]
+        after = {key: value for key, value in metrics.items() if key != "loss"}
+        self.rows.append({"image": name, f"{self.before}_psnr": before, **after})
+        if self.pictures:
+            path = self.run.file(f"{self.PICTURES}/{len(self.rows):03d}_{Path(name).stem}.png")
+            between = {
+                f"{self.before} {before:.2f} dB": degraded,
+                f"{self.after} {after['psnr']:.2f} dB": output,
+            }
+            save_panels(path, {**first, **between, **last})
 
     def lines(self) -> list[str]:
         """Write the table; return a line an image and a line a folder."""

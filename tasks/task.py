@@ -5,8 +5,9 @@ line in the results file, what is reported of every sample, what a finished run 
 file is treated. It knows neither how a model learns nor which model it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -117,7 +118,8 @@ class Task:
         """
         data = build(seed=seed, **options, **self.data_options(needs))
         data.train, data.test = limit(data.train, limit_train), limit(data.test, limit_test)
-        return split_train(data, val_split, seed) if val_split > 0 else data
+        splits = val_split > 0 and data.train is not None  # nothing is loaded to train on: no split
+        return split_train(data, val_split, seed) if splits else data
 
     def data_options(self, needs: Needs) -> dict[str, Any]:
         """Return what the builders of this task's data take beside a data set's own options."""
@@ -211,6 +213,10 @@ class Task:
             use_best: Gives the model the weights of the best epoch, and returns its number.
         """
         return self.show(model, data, run)
+
+    def files(self, inputs: Sequence[str], output: str) -> list[tuple[Path, Path]]:
+        """Return the files that `--input` names, each with the one that it is turned into."""
+        raise NotImplementedError
 
     def apply(self, model: nn.Module, source: str, target: str, device: torch.device) -> str:
         """Treat one file; return a line that says what was done.

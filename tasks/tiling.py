@@ -1,9 +1,17 @@
 """Run a denoiser on tiles of a large image: bounded memory, no seams."""
 
+import math
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-__all__ = ["check_tiles", "forward_in_tiles"]
+from utils import free_memory
+
+__all__ = ["check_tiles", "forward_in_tiles", "largest_tile", "peak_bytes"]
 
 
 def check_tiles(model: nn.Module, tile: int, overlap: int) -> None:
@@ -55,8 +63,75 @@ def _ramp(start: int, stop: int, side: int, before: int, after: int, like: Tenso
     return weight.clamp(min=0)
 
 
+class _Allocations(TorchDispatchMode):
+    """Add up the bytes of tensors that are alive at a time, wherever they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, list | tuple) else [out]:
+            if not isinstance(each, Tensor):
+                continue
+            storage = each.untyped_storage()
+            key = storage._cdata
+            if key not in self.known:
+                self.known.add(key)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return out
+
+
 @torch.no_grad()
-def forward_in_tiles(model: nn.Module, images: Tensor, tile: int, overlap: int = 32) -> Tensor:
+def peak_bytes(model: nn.Module, images: Tensor) -> int:
+    """Return the bytes of all tensors alive at the worst moment of a forward pass."""
+    with _Allocations() as allocations:
+        model(images)
+    return allocations.peak
+
+
+def largest_tile(model: nn.Module, channels: int, device: torch.device, share: float = 0.5) -> int:
+    """Return the side of the largest tile for which the memory there is suffices.
+
+    A small tile is run and its bytes counted; they grow with the pixels.
+
+    Args:
+        model: The network, on the device.
+        channels: Channels of its input.
+        device: Where it runs.
+        share: Part of the free memory to use.
+
+    Raises:
+        ValueError: If not even the smallest tile fits.
+    """
+    smallest = getattr(model, "min_tile", 1)
+    side = max(2 * smallest, 96)
+    per_pixel = peak_bytes(model, torch.zeros(1, channels, side, side, device=device)) / side**2
+    free = free_memory(device)
+    tile = math.isqrt(int(share * free / per_pixel))
+    if tile < max(smallest, 16):
+        raise ValueError(
+            f"the memory that is free, {free / 1e6:.0f} MB, does not hold a tile of "
+            f"{max(smallest, 16)} pixels, which takes "
+            f"{per_pixel * max(smallest, 16) ** 2 / 1e6:.0f} MB."
+        )
+    return tile
+
+
+@torch.no_grad()
+def forward_in_tiles(
+    model: nn.Module, images: Tensor, tile: int, overlap: int = 32, *, progress: bool = False
+) -> Tensor:
     """Denoise images tile by tile, blending in the middle of overlaps.
 
     Patches of a tile are those of the whole image. The result equals that of the whole image
@@ -68,6 +143,7 @@ def forward_in_tiles(model: nn.Module, images: Tensor, tile: int, overlap: int =
         images: Noisy images (B, C, H, W).
         tile: Side of a tile in pixels (a tile at the border may be larger by a patch stride).
         overlap: Pixels that neighboring tiles share, at least.
+        progress: Show a bar over the tiles where a person is watching.
 
     Returns:
         Denoised images (B, C', H, W).
@@ -83,6 +159,8 @@ def forward_in_tiles(model: nn.Module, images: Tensor, tile: int, overlap: int =
         axes.append(list(zip(starts, stops, strict=True)))
     out = total = None
     rows, cols = axes
+    hidden = None if progress else True
+    bar = tqdm(total=len(rows) * len(cols), desc="tiles", leave=False, disable=hidden)
     for i, (top, bottom) in enumerate(rows):
         down = _ramp(top, bottom, height, *_overlaps(rows, i), images)
         for j, (left, right) in enumerate(cols):
@@ -97,6 +175,8 @@ def forward_in_tiles(model: nn.Module, images: Tensor, tile: int, overlap: int =
             weight = (down[:, None] * across).to(part.dtype)
             out[:, :, top:bottom, left:right] += part * weight
             total[top:bottom, left:right] += weight
+            bar.update()
+    bar.close()
     return out / total
 
 

@@ -202,6 +202,7 @@ def test_run_leaves_a_complete_folder(run, tmp_path):
         "best.pt",
         "curves.png",
         "summary.json",
+        "environment.json",
     }
     text = (folder / "train_eval_results.txt").read_text()
     line = (

@@ -76,6 +76,13 @@ SIGNATURES = {
         "es_evaluated": "p>i",
         "es_finish": "ppp",
     },
+    "progressive": {
+        "pg_axes": ">i",
+        "pg_rotate": "pdiidppiipppt",
+        "pg_sketch": "pippippppt",
+        "pg_pack": "pppiiipppt",
+        "pg_scan": "ppddpppppppppt",
+    },
     "distances": {
         "nd_squared": "ppiiipt",
         "nd_votes": "pppiiiifdpt",
@@ -90,12 +97,18 @@ _TYPES = {
     "t": ctypes.c_int,
 }
 # Sources that one layer needs: they are compiled at the same time.
-_TOGETHER = (("search", "aggregate", "attend"), ("windows", "relax"), ("index",), ("distances",))
+_TOGETHER = (
+    ("search", "aggregate", "attend"),
+    ("windows", "relax"),
+    ("index", "progressive"),
+    ("distances",),
+)
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-w")
 _OPTIONS = {
     "relax": ("-fopenmp-simd",),
     "windows": ("-fopenmp-simd",),
     "index": ("-fopenmp-simd", "-fno-trapping-math"),
+    "progressive": ("-fopenmp-simd", "-fno-trapping-math"),
 }
 _BUILD_SECONDS = 180
 

@@ -36,74 +36,9 @@ struct IntCandidate {
   bool operator<(const IntCandidate& o) const { return cost != o.cost ? cost < o.cost : index < o.index; }
 };
 
-// Cost of one pair in float64. For cosine `qnorm` is |x|; a zero vector has similarity 0 to everything.
-template <class T>
-double exact_cost(const T* x, const T* y, int64_t d, int metric, double qnorm) {
-  if (metric == EUCLIDEAN) return sum_pairs<true>(x, y, d);
-  const double s = sum_pairs<false>(x, y, d);
-  if (metric == DOT) return -s;
-  const double n = qnorm * std::sqrt(squared_norm(y, d));
-  return n > 0 ? -s / n : 0.0;
-}
-
-double exact_cost_any(const Search& h, int64_t i, const void* rows, int type, int64_t j) {
-  const int64_t d = h.d;
-  switch (type) {
-    case kF32: return exact_cost((const float*)h.queries + i * d, (const float*)rows + j * d, d, h.metric, h.norm[i]);
-    case kF64: return exact_cost((const double*)h.queries + i * d, (const double*)rows + j * d, d, h.metric, h.norm[i]);
-    case kU8: return exact_cost((const uint8_t*)h.queries + i * d, (const uint8_t*)rows + j * d, d, h.metric, h.norm[i]);
-    default: return exact_cost((const int8_t*)h.queries + i * d, (const int8_t*)rows + j * d, d, h.metric, h.norm[i]);
-  }
-}
-
-void prefetch_row(const Search& h, const void* rows, int type, int64_t j) {
-  const int64_t bytes = h.d * (type == kF32 ? 4 : type == kF64 ? 8 : 1);
-  const char* p = static_cast<const char*>(rows) + j * bytes;
-  for (int64_t b = 0; b < std::min<int64_t>(bytes, 4096); b += 64) __builtin_prefetch(p + b);
-}
-
-// Keeps the K best: a heap once there are K.
-void offer(std::vector<Best>& heap, size_t K, Best b) {
-  if (heap.size() < K) {
-    heap.push_back(b);
-    if (heap.size() == K) std::make_heap(heap.begin(), heap.end());
-  } else if (b < heap.front()) {
-    std::pop_heap(heap.begin(), heap.end());
-    heap.back() = b;
-    std::push_heap(heap.begin(), heap.end());
-  }
-}
-
 // ---- scanning -----------------------------------------------------------------------------------------------------
 
 #if ES_VNNI
-
-// (8 queries) x (one panel): out[r][j] = start[r] + sum_c keys[c][j] * q[r][c]. Twenty-four accumulators stay in
-// registers; they go through memory once at the end (kept apart from the scan, or the compiler spills them inside).
-__attribute__((noinline)) void dot_tile(const uint8_t* keys, const int8_t* q, int64_t qstride, int64_t d4,
-                                        const int32_t* start, int32_t* out) {
-  __m512i acc[kRows][3];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = acc[r][2] = _mm512_set1_epi32(start[r]);
-  for (int64_t c = 0; c < d4; ++c) {
-    const __m512i k0 = _mm512_loadu_si512(keys), k1 = _mm512_loadu_si512(keys + 64),
-                  k2 = _mm512_loadu_si512(keys + 128);
-    keys += 4 * kPanel;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      int32_t word;
-      std::memcpy(&word, q + r * qstride + 4 * c, 4);
-      const __m512i b = _mm512_set1_epi32(word);
-      acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], k0, b);
-      acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], k1, b);
-      acc[r][2] = _mm512_dpbusd_epi32(acc[r][2], k2, b);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < 3; ++v) _mm512_store_si512(out + r * kPanel + v * 16, acc[r][v]);
-}
 
 // Floats as integers of the same order, and back.
 inline int32_t ordered(float v) {
@@ -183,6 +118,7 @@ int64_t evaluate(Search& h, FloatList* lists, const float* cut, int64_t q0, int6
   for (int64_t i = 0; i < count; ++i) waiting += lists[i].items.size();
   const int64_t stretch = std::max<int64_t>(kPanel, 2 * n * count / int64_t(waiting + 1));  // about two a query
   std::vector<size_t> next(size_t(count), 0), kept(size_t(count), 0);
+  const Pairs pairs{h.queries, rows, type, h.metric, h.d, h.norm.data()};
   int64_t evaluated = 0;
   for (int64_t end = stretch; waiting; end += stretch)
     for (int64_t i = 0; i < count; ++i) {
@@ -193,9 +129,10 @@ int64_t evaluate(Search& h, FloatList* lists, const float* cut, int64_t q0, int6
           items[kept[i]++] = items[c];
           continue;
         }
-        offer(h.best[q0 + i], size_t(h.K),
-              {exact_cost_any(h, q0 + i, rows, type, items[c].index), base_index + items[c].index});
+        auto& best = h.best[q0 + i];
         ++evaluated;
+        if (best.size() == size_t(h.K) && pairs.beyond(q0 + i, items[c].index, best.front().first)) continue;
+        offer(best, size_t(h.K), {pairs.cost(q0 + i, items[c].index), base_index + items[c].index});
       }
       next[i] = c;
     }
@@ -513,6 +450,7 @@ int es_costs(const void* queries, int type, int64_t m, int64_t d, const void* ro
   h.metric = metric;
   h.queries = queries;
   const auto evaluate = [&](int64_t job) {
+    const Pairs pairs{queries, rows, type, metric, d, h.norm.data()};
     for (int64_t i = job * 16; i < std::min(m, job * 16 + 16); ++i) {
       switch (type) {
         case kF32: h.norm[i] = std::sqrt(squared_norm((const float*)queries + i * d, d)); break;
@@ -521,8 +459,8 @@ int es_costs(const void* queries, int type, int64_t m, int64_t d, const void* ro
         default: h.norm[i] = std::sqrt(squared_norm((const int8_t*)queries + i * d, d));
       }
       for (int64_t l = 0; l < length; ++l) {
-        if (l + 1 < length) prefetch_row(h, rows, type, labels[i * length + l + 1]);
-        out[i * length + l] = exact_cost_any(h, i, rows, type, labels[i * length + l]);
+        if (l + 1 < length) pairs.prefetch(labels[i * length + l + 1]);
+        out[i * length + l] = pairs.cost(i, labels[i * length + l]);
       }
     }
   };

@@ -13,87 +13,12 @@
 #include <utility>
 #include <vector>
 
+#include "pairs.h"
 #include "vectors.h"
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define ES_VNNI 1
-#else
-#define ES_VNNI 0
-#endif
 
 namespace {
 
-constexpr int kPanel = 48;     // keys per panel: three 16-lane registers
-constexpr int kRows = 8;       // queries per micro-kernel call
 constexpr int kMeta = 2 * kPanel + 4;  // scales, biases, largest norm, largest residual, largest |bias|, spare
-
-enum Type { kF32 = 0, kF64 = 1, kU8 = 2, kI8 = 3 };  // in the order of TYPE_CODES in ops/sets/keys.py
-
-// Sums of squared differences (EUCLIDEAN) or of products of two rows, in float64 and 32 lanes: enough independent
-// additions to hide their latency.
-#if ES_VNNI
-
-inline __m512d load8(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
-inline __m512d load8(const double* x) { return _mm512_loadu_pd(x); }
-inline __m512d load8(const uint8_t* x) {
-  return _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
-inline __m512d load8(const int8_t* x) {
-  return _mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
-
-template <bool kDifference, class T>
-inline double sum_pairs(const T* x, const T* y, int64_t d) {
-  __m512d lanes[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
-  int64_t c = 0;
-  for (; c + 32 <= d; c += 32)
-#pragma GCC unroll 4
-    for (int l = 0; l < 4; ++l) {
-      const __m512d a = load8(x + c + 8 * l), b = load8(y + c + 8 * l);
-      const __m512d t = _mm512_sub_pd(a, b);
-      lanes[l] = kDifference ? _mm512_fmadd_pd(t, t, lanes[l]) : _mm512_fmadd_pd(a, b, lanes[l]);
-    }
-  for (; c + 8 <= d; c += 8) {
-    const __m512d a = load8(x + c), b = load8(y + c), t = _mm512_sub_pd(a, b);
-    lanes[0] = kDifference ? _mm512_fmadd_pd(t, t, lanes[0]) : _mm512_fmadd_pd(a, b, lanes[0]);
-  }
-  double s = _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(lanes[0], lanes[1]), _mm512_add_pd(lanes[2], lanes[3])));
-  for (; c < d; ++c) {
-    const double a = double(x[c]), b = double(y[c]);
-    s += kDifference ? (a - b) * (a - b) : a * b;
-  }
-  return s;
-}
-
-#else
-
-template <bool kDifference, class T>
-inline double sum_pairs(const T* x, const T* y, int64_t d) {
-  const auto term = [x, y](int64_t c) {
-    const double a = double(x[c]), b = double(y[c]);
-    return kDifference ? (a - b) * (a - b) : a * b;
-  };
-  double lanes[32] = {};
-  int64_t c = 0;
-  for (; c + 32 <= d; c += 32)
-    for (int l = 0; l < 32; ++l) lanes[l] += term(c + l);
-  double s = 0;
-  for (int l = 0; l < 32; ++l) s += lanes[l];
-  for (; c < d; ++c) s += term(c);
-  return s;
-}
-
-#endif
-
-template <class T>
-double squared_norm(const T* x, int64_t d) {
-  return sum_pairs<false>(x, x, d);
-}
-
-float round_up(double v) {
-  float f = static_cast<float>(v);
-  return f < v ? std::nextafterf(f, INF) : f;
-}
 
 // One row -> float32, for cosine at length 1, minus `mean`. Returns its norm; `ok` turns false on NaN or overflow.
 // The only rounding is that of the result: the row is within kRound * norm of the true one.
@@ -252,8 +177,6 @@ bool pack_float_panel(const T* rows, const float* mean, int64_t n, int64_t d, in
 }
 
 // ---- queries ------------------------------------------------------------------------------------------------------
-
-using Best = std::pair<double, int64_t>;  // (cost, index): the order that puts the lower index first on ties
 
 struct Search {
   int64_t m, d, dpad, K;

@@ -83,8 +83,8 @@ inline int lane_count(int K) { return static_cast<int>(ceil_div(2 * K + 2, NR)) 
 void merge(int count, int K, int64_t base, const int64_t* names, Scratch& w, float* best, int64_t* index) {
   float* v = w.values.data;
   int32_t* at = w.where.data();
-  float* sorted = w.sorted.get(K + VL);
-  w.order.resize(K + VL);
+  float* sorted = w.sorted.get(std::max(count, K) + 2 * VL);
+  if (w.order.size() < static_cast<size_t>(std::max(count, K) + 2 * VL)) w.order.resize(std::max(count, K) + 2 * VL);
   int32_t* order = w.order.data();
   const int take = std::min(count, K);
   if (count <= 8 * VL) {  // rank = how many come before; equal values in index order
@@ -98,12 +98,10 @@ void merge(int count, int K, int64_t base, const int64_t* names, Scratch& w, flo
         const vf other = splat(v[j]);
         rank -= (other > mine) | ((other == mine) & (lane > j - i));
       }
-      const int end = std::min(VL, count - i);
-      for (int l = 0; l < end; ++l)
-        if (rank[l] < take) {
-          sorted[rank[l]] = mine[l];
-          order[rank[l]] = at[i + l];
-        }
+      UNROLL for (int l = 0; l < VL; ++l) {  // what comes after the last place, and fillings, end up behind it
+        sorted[rank[l]] = mine[l];
+        order[rank[l]] = at[i + l];
+      }
     }
   } else {
     std::vector<std::pair<float, int32_t>> pairs(count);

@@ -43,6 +43,22 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+// sum + a b, in one rounding where the processor has that. Compilers choose by themselves where a chain of sums is
+// short: this is for two places whose results must be equal.
+inline vf multiply_add(vf a, vf b, vf sum) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__ARM_FEATURE_FMA)
+  vf out;
+  for (int l = 0; l < VL; ++l) out[l] = __builtin_fmaf(a[l], b[l], sum[l]);
+  return out;
+#else
+  return sum + a * b;
+#endif
+}
+
 // Some neighboring lanes of a vector. A load by them leaves zeros in the others; no other number is read or written.
 #if defined(__AVX512F__)
 struct Lanes {

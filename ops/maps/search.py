@@ -9,6 +9,11 @@ operation is a `torch.library` operator, so that compilation, export and FLOP co
 What is done with neighbors is in `ops.maps.aggregate` and `ops.maps.attend`, neighbors by location
 in `ops.maps.locations`, rows of ready-made scores in `ops.topk`.
 
+Many keys of many channels are first scored in 8 bits by the kernels (`ops/cpu/eightbit.h`), where
+the processor has instructions for that: only keys which the error's bound cannot rule out are
+scored in float32, in the order of operations of the float32 search, whose values and indices come
+out bit for bit. Where too many are left, or numbers are not finite, the float32 search takes over.
+
 Symbols: B batch, M queries, N keys, C channels, K neighbors.
 
 Ties: of equal scores the lower index wins (with `candidates`, the one earlier among them). On CUDA

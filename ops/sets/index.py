@@ -30,7 +30,7 @@ from torch import Tensor
 from ops import METRICS
 from ops.cpu import build
 from ops.cpu.build import OutOfRange
-from ops.sets import certified
+from ops.sets import certified, progressive
 from ops.sets.keys import (
     BYTES,
     TYPE_CODES,
@@ -38,12 +38,17 @@ from ops.sets.keys import (
     as_tensor,
     center,
     common_dtype,
+    normalize,
 )
+from ops.sets.progressive import ProgressiveKeys, ProgressiveQueries, Rotation
 
 __all__ = ["DEFAULT_MAX_BYTES", "PRECISIONS", "ExactIndex", "exact_search"]
 
 PRECISIONS = ("auto", "float32")
 DEFAULT_MAX_BYTES = 1 << 26
+# From where on fitting a rotation pays, in a search or in several of the same keys.
+# Of more neighbors the candidates are so many that whole products measured faster.
+MIN_KEYS, MIN_QUERIES, MIN_FEATURES, MAX_NEIGHBORS = 8192, 2048, 128, 32
 
 
 class ExactIndex:
@@ -81,21 +86,28 @@ class ExactIndex:
         self.metric, self.precision, self.max_bytes = metric, precision, max_bytes
         self.path = ""
         self._packed: dict[tuple, list] = {}
+        self._asked = 0
+        self._rotations: dict[torch.dtype, Rotation | None] = {}
+        self._sketched: dict[torch.dtype, list] = {}
+        self._prunes: dict[tuple, bool] = {}
 
     def __len__(self) -> int:
         return len(self.data)
 
     @torch.no_grad()
-    def search(self, queries: Tensor | np.ndarray, K: int) -> tuple[Tensor, Tensor]:
+    def search(
+        self, queries: Tensor | np.ndarray, K: int, *, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Find the K nearest keys of every query.
 
         Args:
             queries: (M, D).
             K: Number of neighbors, 1 … N.
+            wide: Whether to return the values as they were decided, in float64.
 
         Returns:
-            Values (M, K), float32 (float64 if queries or keys are): squared distances, or
-            similarities; and indices (M, K) int64, best first, equal ones by index.
+            Values (M, K), float32 (float64 if wide, or if queries or keys are): squared
+            distances, or similarities; and indices (M, K) int64, best first, equal ones by index.
 
         Raises:
             ValueError: If shapes do not agree, K is out of range, or numbers are not finite.
@@ -106,7 +118,7 @@ class ExactIndex:
             raise ValueError(f"queries must be (M, {d}) like the keys, got {tuple(queries.shape)}")
         if not 1 <= K <= n:
             raise ValueError(f"K must lie in 1 … {n}, the number of keys (got {K})")
-        wide = torch.float64 in (queries.dtype, self.data.dtype)
+        wide = wide or torch.float64 in (queries.dtype, self.data.dtype)
         device = queries.device
         if len(queries) == 0:
             empty = torch.empty(0, K, device=device)
@@ -129,6 +141,17 @@ class ExactIndex:
 
     def _search_block(self, queries: Tensor, keys: Keys, K: int) -> tuple[Tensor, Tensor]:
         """Try the fastest way first: costs (M, K) float64 and indices (M, K)."""
+        self._asked += len(queries)
+        rotation = self._rotation(queries, keys, K)
+        if rotation is not None:
+            try:
+                return self._search_progressive(queries, keys, K, rotation)
+            except OutOfRange:
+                self._rotations[keys.dtype] = None
+        return self._search_everything(queries, keys, K)
+
+    def _search_everything(self, queries: Tensor, keys: Keys, K: int) -> tuple[Tensor, Tensor]:
+        """Search by products of whole rows: costs (M, K) float64 and indices (M, K)."""
         on_cpu = queries.device.type == "cpu"
         if self.precision == "auto" and on_cpu and queries.shape[1] <= 8192:
             if eight_bits():
@@ -153,6 +176,77 @@ class ExactIndex:
             raise ValueError(
                 "queries and keys must be finite (found NaN, infinity or overflow)"
             ) from None
+
+    def _rotation(self, queries: Tensor, keys: Keys, K: int) -> Rotation | None:
+        """Return the rotation of the progressive search, or None where it does not pay."""
+        n, d = keys.data.shape
+        large = n >= MIN_KEYS and MIN_FEATURES <= d <= 8192 and K <= MAX_NEIGHBORS
+        if self.precision != "auto" or queries.device.type != "cpu" or not large:
+            return None
+        kept = keys.dtype in self._sketched
+        if not (kept or self._asked >= MIN_QUERIES) or not eight_bits():
+            return None
+        if keys.dtype not in self._rotations:
+            self._rotations[keys.dtype] = self._fit(keys)
+        rotation = self._rotations[keys.dtype]
+        if rotation is None or not (
+            kept or self._fits(rotation, keys) or len(queries) >= 2 * MIN_QUERIES
+        ):
+            return None
+        if (keys.dtype, K) not in self._prunes:
+            self._prunes[keys.dtype, K] = progressive.prunes(rotation, keys, queries, K)
+        return rotation if self._prunes[keys.dtype, K] else None
+
+    def _fit(self, keys: Keys) -> Rotation | None:
+        sample = keys.sample()
+        some = sample[:: max(1, len(sample) // 512)].float()
+        if not progressive.hangs_together(
+            normalize(some).float() if self.metric == "cosine" else some
+        ):
+            return None
+        longest = 0.0
+        if self.metric == "dot":
+            for _, rows in keys.chunks(4096):
+                longest = max(longest, rows.double().square().sum(1).max().sqrt().item())
+        try:
+            return progressive.fit_rotation(keys, self.metric, longest * (1 + 1e-12))
+        except OutOfRange:
+            return None
+
+    def _fits(self, rotation: Rotation, keys: Keys) -> bool:
+        return len(keys.data) * rotation.key_bytes <= self.max_bytes
+
+    def _search_progressive(
+        self, queries: Tensor, keys: Keys, K: int, rotation: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """Search by sketches; queries that tie with very many keys are left to whole rows."""
+        hunt = ProgressiveQueries(rotation, queries, K)
+        kept = self._sketched.get(keys.dtype)
+        if kept is not None:
+            for start, stop, sketches in kept:
+                hunt.scan(sketches, keys.rows(start, stop), start)
+                keys.release()
+        else:
+            keep = self._fits(rotation, keys)
+            # A converted copy, or the pages of a mapped file, count as well.
+            counts = keys.copies or keys.mapping is not None
+            key_bytes = rotation.key_bytes + 64 + (8 * keys.data.shape[1] if counts else 0)
+            new = []
+            for start, rows in keys.chunks(max(1024, self.max_bytes // key_bytes)):
+                sketches = ProgressiveKeys(rotation, rows)
+                hunt.scan(sketches, rows, start)
+                if keep:
+                    new.append((start, start + len(rows), sketches))
+            if keep:
+                self._sketched[keys.dtype] = new
+        costs, indices, left = hunt.result()
+        if left.any():
+            costs[left], indices[left] = self._search_everything(queries[left], keys, K)
+        self.path = (
+            f"8-bit sketches along {' and '.join(str(s.axes) for s in rotation.stages)} principal "
+            "axes with a certified bound, decided in float64"
+        )
+        return costs, indices
 
     def _search_torch(
         self, queries: Tensor, keys: Keys, K: int, mode: str

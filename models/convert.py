@@ -1,0 +1,215 @@
+"""Layers of ours in networks of others: swaps the convolutions of any `nn.Module`.
+
+A convolution is replaced where a layer can take its place: 2-D, square odd kernels larger than 1×1,
+no groups, no dilation, padding that keeps the size of the map, equal strides. The rest stays and is
+listed. `ForeignNetwork` builds a network of torchvision or timm and converts it.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from layers import LAYERS
+from layers.convnn import Conv2d_NN
+from options import Options, check_choice
+
+__all__ = ["Conversion", "ForeignNetwork", "convert"]
+
+
+@dataclass
+class Conversion:
+    """What was done.
+
+    Attributes:
+        module: The converted network.
+        replaced: Names of the convolutions that were replaced.
+        kept: Names of those that were not, with the reason.
+        copied: Names of the replaced ones whose weights live on.
+    """
+
+    module: nn.Module
+    replaced: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.replaced)} convolutions replaced, {len(self.copied)} with weights"]
+        if self.kept:
+            left = ", ".join(f"{name} ({why})" for name, why in self.kept.items())
+            parts.append(f"left as they are: {left}")
+        return "; ".join(parts) + "."
+
+
+def convert(
+    module: nn.Module,
+    layer: str | Callable[..., nn.Module] = "ConvNN",
+    *,
+    keep_weights: bool = True,
+    **options: Any,
+) -> Conversion:
+    """Put a layer in place of every convolution that it can replace, in a copy of the network.
+
+    Weights are kept where the layer computes the same from them: ordinary convolutions, and ConvNN
+    with neighbors by location (`similarity_type="Loc"`, `magnitude_type="euclidean"`), whose K is
+    k² (9 for 3×3) and whose padding is that of the convolution: such a network gives the outputs of
+    the original one, on square maps (and other maps, where k = 3).
+
+    Args:
+        module: Any network.
+        layer: A name of `layers.LAYERS`, or `layer(in_channels=, out_channels=, stride=)`.
+        keep_weights: Copy weights where that is possible.
+        **options: Of the layer, e.g. K=9.
+
+    Returns:
+        The converted copy, and what was done.
+
+    Raises:
+        ValueError: for another layer, or options it cannot take.
+    """
+    if isinstance(layer, str):
+        check_choice("layer", layer, LAYERS)
+        layer = LAYERS[layer]
+    done = Conversion(copy.deepcopy(module))
+    for name, conv in list(done.module.named_modules()):
+        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        if (why := _reason_to_keep(conv)) is not None:
+            done.kept[name] = why
+            continue
+        new = layer(
+            in_channels=conv.in_channels,
+            out_channels=conv.out_channels,
+            stride=conv.stride[0],
+            **options,
+        )
+        if keep_weights and _copy_weights(conv, new):
+            done.copied.append(name)
+        new.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+        done.replaced.append(name)
+        if not name:
+            done.module = new
+            continue
+        parent, _, last = name.rpartition(".")
+        setattr(done.module.get_submodule(parent), last, new)
+    return done
+
+
+def _reason_to_keep(conv: nn.Module) -> str | None:
+    """Say why no layer can replace a convolution; None if one can."""
+    if type(conv) is not nn.Conv2d:
+        return f"a {type(conv).__name__}"
+    k = conv.kernel_size
+    if k == (1, 1):
+        return "1x1"
+    if conv.groups > 1:
+        return f"{conv.groups} groups"
+    if conv.dilation != (1, 1):
+        return "dilated"
+    if k[0] != k[1] or k[0] % 2 == 0:
+        return f"kernel {k[0]}x{k[1]}"
+    if conv.padding not in ((k[0] // 2,) * 2, "same") or conv.padding_mode != "zeros":
+        return "padding that changes the size of the map, or is not of zeros"
+    if conv.stride[0] != conv.stride[1]:
+        return "unequal strides"
+    return None
+
+
+@torch.no_grad()
+def _copy_weights(conv: nn.Conv2d, new: nn.Module) -> bool:
+    """Copy what computes the same; return whether anything does."""
+    k = conv.kernel_size[0]
+    if isinstance(new, Conv2d_NN):
+        same = (
+            (new.similarity_type, new.magnitude_type) == ("Loc", "euclidean")
+            and (new.aggregation_type, new.sampling_type) == ("Col", "all")
+            and (new.K, new.padding, new.scale_in, new.scale_out) == (k * k, k // 2, 1, 1)
+            and k <= 5  # beyond, the k² nearest positions are no square
+        )
+        target = new.conv1d_layer
+    else:
+        target = getattr(new, "conv2d_layer", new)
+        same = type(target) is nn.Conv2d and target.weight.shape == conv.weight.shape
+        same = same and getattr(new, "scale_in", 1) == getattr(new, "scale_out", 1) == 1
+    if not same:
+        return False
+    target.weight.copy_(conv.weight.reshape(target.weight.shape))
+    if target.bias is not None:
+        target.bias.zero_() if conv.bias is None else target.bias.copy_(conv.bias)
+    return True
+
+
+class ForeignNetwork(nn.Module):
+    """A network of torchvision or timm, built without weights, with layers of ours.
+
+    Args:
+        layer: `layer(in_channels=, out_channels=, stride=) -> nn.Module`.
+        source: "torchvision" or "timm".
+        name: The network's name there.
+        in_channels: Channels of the images; other numbers than 3 need timm.
+        num_classes: Number of outputs.
+
+    Raises:
+        ValueError: for a network that is not there, with the package to install.
+    """
+
+    Options = Options
+    defaults: ClassVar[dict] = {"resize": 64}
+    family = "Foreign"
+    tasks = ("classification",)
+    training = "gradient"
+    uses_layer = True
+    min_input_size = 32
+
+    def __init__(
+        self,
+        *,
+        layer: Callable[..., nn.Module],
+        source: str,
+        name: str,
+        in_channels: int = 3,
+        num_classes: int = 10,
+    ):
+        super().__init__()
+        network = build_foreign(source, name, in_channels, num_classes)
+        self.conversion = convert(network, layer)
+        self.network = self.conversion.module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores of `x`."""
+        return self.network(x)
+
+    def extra_repr(self) -> str:
+        """Say what was converted."""
+        return str(self.conversion)
+
+
+def build_foreign(source: str, name: str, in_channels: int, num_classes: int) -> nn.Module:
+    """Build a network of another package, without weights."""
+    import importlib
+
+    try:
+        package = importlib.import_module(source)
+        zoo = importlib.import_module("torchvision.models") if source == "torchvision" else package
+    except ImportError as error:
+        raise ValueError(
+            f"{source}:{name} needs the package {source}, which is not installed. "
+            f"Try: pip install {source}"
+        ) from error
+    there = zoo.list_models()
+    if name not in there:
+        close = [other for other in there if other.startswith(name[:4])][:8]
+        raise ValueError(
+            f"{source} has no network {name!r}. Close to it: {', '.join(close) or 'none'}."
+        )
+    if source == "timm":
+        return zoo.create_model(name, in_chans=in_channels, num_classes=num_classes)
+    if in_channels != 3:
+        raise ValueError(
+            f"networks of torchvision take 3 channels (got {in_channels}). Try a data set in "
+            "color, or a network of timm."
+        )
+    return zoo.get_model(name, weights=None, num_classes=num_classes)

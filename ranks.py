@@ -1,0 +1,342 @@
+"""Several processes that share one run: who writes, who gets which batches, what is summed.
+
+The processes are those of torchrun. Without it every function here answers for one process, and
+costs nothing.
+
+Symbols: N processes ("ranks"), B samples in a step over all of them.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+__all__ = [
+    "RankError",
+    "Shares",
+    "SyncedBatchNorm",
+    "agree",
+    "broadcast_module",
+    "broadcast_object",
+    "distributed",
+    "every_nth_batch",
+    "gather",
+    "in_agreement",
+    "initialised",
+    "rank",
+    "share_batches",
+    "synchronise_norms",
+    "world_size",
+]
+
+
+class RankError(RuntimeError):
+    """Another process of the run has ended."""
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialised() -> bool:
+    """Say whether this process has joined others."""
+    return dist.is_initialized()
+
+
+def rank() -> int:
+    """Return the number of this process, from 0 on."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+@contextlib.contextmanager
+def distributed(device: str) -> Iterator[bool]:
+    """Join the processes that torchrun started; yield whether this one writes files.
+
+    Args:
+        device: "cuda" lets every process take a card of its own, and speak by NCCL.
+
+    Raises:
+        ValueError: If there are more processes than cards.
+    """
+    joins = world_size() > 1 and not dist.is_initialized()
+    if joins:
+        if device == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"torchrun started more processes on this machine than it has CUDA devices "
+                    f"({torch.cuda.device_count()}): lower --nproc_per_node, or add --device cpu."
+                )
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield rank() == 0
+    finally:
+        if joins and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# Agreeing
+
+
+def gather(item: Any) -> list[Any]:
+    """Return what every process passed, in their order."""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def broadcast_object(item: Any) -> Any:
+    """Return what the first process passed."""
+    if not dist.is_initialized():
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(number: int | None) -> int | None:
+    """Return the largest number that any process passed; None if all passed None."""
+    if not dist.is_initialized():
+        return number
+    box = torch.tensor([-1 if number is None else number])
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return None if box.item() < 0 else int(box)
+
+
+@contextlib.contextmanager
+def in_agreement() -> Iterator[None]:
+    """End all processes if one of them fails in this block; its message is shown once.
+
+    What other processes than the first one print is not shown.
+
+    Raises:
+        SystemExit: With the code of the first process that failed.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    said, failure = io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as stop:
+        failure = (stop.code, said.getvalue())
+    outcomes = gather(failure)
+    failed = [(number, outcome) for number, outcome in enumerate(outcomes) if outcome is not None]
+    if not failed:
+        if rank() == 0:
+            sys.stderr.write(said.getvalue())
+        return
+    number, (code, text) = failed[0]
+    if rank() == 0:
+        sys.stderr.write(text if number == 0 else f"process {number}: {text}")
+        sys.stderr.flush()
+    gather(None)  # torchrun ends the others as soon as one ends: let the message out first
+    raise SystemExit(code)
+
+
+@torch.no_grad()
+def broadcast_module(module: nn.Module, *, buffers_only: bool = False) -> None:
+    """Give a module the values it has in the first process."""
+    if not dist.is_initialized():
+        return
+    for tensor in [*([] if buffers_only else module.parameters()), *module.buffers()]:
+        dist.broadcast(tensor, src=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+class Shares:
+    """Which part of every batch is this process's.
+
+    A batch of B samples is the one that a single process would see; the processes take runs of
+    equal length of it, the first ones one sample more where it does not divide. A process that gets
+    none is handed the first sample of the batch, which does not count.
+
+    Args:
+        num_samples: Samples in an epoch.
+        batch_size: B.
+        whole: Whether the loader hands over whole batches, still to be cut.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, whole: bool) -> None:
+        self.num_samples, self.batch_size, self.whole = num_samples, batch_size, whole
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Return where this process's part of a batch of `count` samples begins and ends."""
+        number, of = rank(), world_size()
+        each, more = divmod(count, of)
+        begin = number * each + min(number, more)
+        return begin, begin + each + (number < more)
+
+    def share(self, index: int) -> tuple[int, int, int]:
+        """Return begin and end of this process's part of batch number `index`, and its size."""
+        count = min(self.batch_size, self.num_samples - index * self.batch_size)
+        return (*self.bounds(count), count)
+
+
+class _ShardedBatches(Sampler):
+    def __init__(self, sampler: Sampler, shares: Shares) -> None:
+        self.sampler, self.shares = sampler, shares
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.shares.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in BatchSampler(self.sampler, self.shares.batch_size, drop_last=False):
+            begin, end = self.shares.bounds(len(batch))
+            yield batch[begin:end] or batch[:1]
+
+
+class _EveryNth(Sampler):
+    def __init__(self, batches: Iterable[list[int]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(range(rank(), len(self.batches), world_size()))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index, batch in enumerate(self.batches):
+            if index % world_size() == rank():
+                yield batch
+
+
+def _with_batches(loader: DataLoader, batches: Sampler) -> DataLoader:
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        generator=loader.generator,
+    )
+
+
+def share_batches(loader: DataLoader) -> tuple[DataLoader, Shares | None]:
+    """Return a loader for this process, and what part of its batches counts; None: all of it.
+
+    What is loaded in this very process is loaded whole, with the same random numbers everywhere,
+    and cut afterwards: augmentation and noise are then those of a single process. Where loading has
+    processes of its own, every rank loads its part alone.
+    """
+    if not dist.is_initialized():
+        return loader, None
+    whole = loader.num_workers == 0
+    shares = Shares(len(loader.sampler), loader.batch_size, whole=whole)
+    if whole:
+        return loader, shares
+    return _with_batches(loader, _ShardedBatches(loader.sampler, shares)), shares
+
+
+def every_nth_batch(loader: DataLoader) -> DataLoader:
+    """Return a loader of whole batches, every Nth for this process; the same if it is alone."""
+    return _with_batches(loader, _EveryNth(loader.batch_sampler))
+
+
+# ---------------------------------------------------------------------------------------------
+# Batch normalisation over all processes
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over the processes; so is its gradient, as every process's result depends on all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+_sum_over_ranks = _SumOverRanks.apply
+
+
+class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation by the statistics of all processes' samples, on any device.
+
+    PyTorch's SyncBatchNorm runs on CUDA alone. Mean and variance are taken one after the other, by
+    two sums over the processes, whose gradients flow back the same way. Names and values in the
+    state dict are those of the batch normalisation that it replaces.
+
+    Attributes:
+        weighs: Whether this process's samples count; a process without a part of a batch runs a
+            sample that does not.
+    """
+
+    weighs: bool = True
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected at least two dimensions (got {x.dim()})")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, ...) per channel."""
+        self._check_input_dim(x)
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        weight = 1.0 if self.weighs else 0.0
+        wide = x.float()
+        local = wide.new_full((1,), weight * x.numel() / x.shape[1])
+        total = _sum_over_ranks(torch.cat((wide.sum(dims) * weight, local)))
+        count = total[-1].detach()
+        mean = total[:-1] / count
+        centered = wide - mean.view(shape)
+        variance = _sum_over_ranks(centered.square().sum(dims) * weight) / count
+        if self.track_running_stats and self.running_mean is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = self.momentum
+                if momentum is None:
+                    momentum = 1 / float(self.num_batches_tracked)
+                unbiased = variance * (count / (count - 1).clamp_min(1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        y = centered * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+def synchronise_norms(module: nn.Module) -> int:
+    """Replace batch normalisation by :class:`SyncedBatchNorm`, in place; return how many."""
+    found = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(
+                child, SyncedBatchNorm
+            ):
+                synced = SyncedBatchNorm(
+                    child.num_features,
+                    child.eps,
+                    child.momentum,
+                    child.affine,
+                    child.track_running_stats,
+                )
+                synced.weight, synced.bias = child.weight, child.bias
+                for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+                    setattr(synced, buffer, getattr(child, buffer))
+                synced.train(child.training)
+                setattr(parent, name, synced)
+                found += 1
+    return found
