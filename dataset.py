@@ -4,16 +4,10 @@ Small image sets are held in memory as 8-bit tensors and are cropped, flipped, r
 normalised a batch at a time; folders of images are decoded one by one through torchvision.
 """
 
-import contextlib
-import math
 import os
 import re
-import stat
 import tempfile
-import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, default_collate
 
+from files import (
+    MOST_PIXELS,
+    DataError,
+    Member,
+    NpzFile,
+    check_picture_size,
+    open_picture,
+    read_image,
+    read_image_folders,
+    shown,
+)
 from options import Options, option
-from utils import memory_size
 
 __all__ = [
     "Data",
@@ -41,9 +45,7 @@ __all__ = [
     "build_imagenet",
     "build_loader",
     "build_npz",
-    "encode_data",
     "image_side",
-    "inspect_data",
     "limit",
     "read_image",
     "read_image_folders",
@@ -52,11 +54,6 @@ __all__ = [
 ]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".webp")
-
-
-class DataError(ValueError):
-    """Data that is missing, damaged or of the wrong form; the message says how to mend it."""
 
 
 @dataclass
@@ -430,119 +427,6 @@ def build_digits(*, data_path: str, **options: Any) -> Data:
 
 
 MOST_CLASSES = 50_000
-MOST_PIXELS = 2**26  # of one picture: 8192 x 8192
-
-
-def _shown(names: Iterable[str]) -> str:
-    """List names from a file: the first ten, in a form that fits a line."""
-    names = sorted(names)
-    shown = ", ".join(n if n.isprintable() and len(n) <= 40 else repr(n)[:40] for n in names[:10])
-    return (shown or "nothing") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-@dataclass(frozen=True)
-class _Member:
-    """An array inside an .npz file, known by its header alone."""
-
-    info: zipfile.ZipInfo
-    start: int
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class _NpzFile:
-    """The arrays of an .npz file; every header is read and judged before any array is.
-
-    Nothing is unpickled, members that nobody asks for are left alone, and what a header says must
-    agree with the size that the archive gives for that member.
-
-    Args:
-        path: The file.
-        names: The arrays that are wanted.
-    """
-
-    def __init__(self, path: Path, names: Iterable[str]) -> None:
-        self.path = path
-        with self._damage(), zipfile.ZipFile(path) as archive:
-            infos = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
-            self.names = set(infos)
-            self.members = {
-                name: self._read_header(archive, infos[name]) for name in names if name in infos
-            }
-
-    @contextlib.contextmanager
-    def _damage(self) -> Iterator[None]:
-        try:
-            yield
-        except DataError:
-            raise
-        # What zip files and headers of arrays raise on damage: bad sums, encryption, methods.
-        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-            raise DataError(
-                f"{self.path} is damaged, or no .npz file of numpy.savez: {e}. Write it anew."
-            ) from e
-
-    @staticmethod
-    def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        name = info.filename
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{name} is packed by a method that numpy.savez does not use")
-        with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            if version not in readers:
-                raise ValueError(f"{name} has a header of the unknown version {version}")
-            try:
-                shape, fortran, dtype = readers[version](file)
-            except Exception as error:  # a header is a Python expression: syntax, tokens, types
-                raise ValueError(f"the header of {name} cannot be read") from error
-            member = _Member(info, file.tell(), shape, fortran, dtype)
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects, which are not read")
-        if any(side < 0 for side in shape) or member.start + member.size != info.file_size:
-            raise ValueError(
-                f"the header of {name} speaks of {dtype} {shape}, and the file has "
-                f"{info.file_size - member.start:,} bytes for it"
-            )
-        return member
-
-    def check_memory(self, copies: int) -> None:
-        """Refuse arrays that do not fit into the machine.
-
-        Args:
-            copies: How often they are held at once.
-        """
-        size = sum(member.size for member in self.members.values())
-        there = memory_size(torch.device("cpu"))
-        if there is not None and size * copies > there:
-            raise DataError(
-                f"{self.path} holds {size / 1e9:,.1f} GB, and reading it takes "
-                f"{size * copies / 1e9:,.1f} GB; this machine has {there / 1e9:,.1f} GB. Make a "
-                "file of fewer or smaller images."
-            )
-
-    def read(self, name: str) -> np.ndarray:
-        """Read an array."""
-        member = self.members[name]
-        buffer = np.empty(member.size, dtype=np.uint8)
-        with self._damage(), zipfile.ZipFile(self.path) as archive:
-            with archive.open(member.info) as file:
-                file.read(member.start)
-                at = 0
-                while chunk := file.read(2**20):  # the last one checks the sum
-                    buffer[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
-                    at += len(chunk)
-            if at != member.size:
-                raise ValueError(f"{name} ends after {at:,} of {member.size:,} bytes")
-        return np.ndarray(member.shape, member.dtype, buffer, order="F" if member.fortran else "C")
 
 
 def build_npz(*, data_path: str, **options: Any) -> Data:
@@ -554,11 +438,9 @@ def build_npz(*, data_path: str, **options: Any) -> Data:
             f"(got {data_path})."
         )
     needed = {f"{kind}_{part}" for kind in "xy" for part in ("train", "test")}
-    file = _NpzFile(path, [*sorted(needed), "class_names"])
+    file = NpzFile(path, [*sorted(needed), "class_names"])
     if missing := needed - set(file.members):
-        raise DataError(
-            f"{path} lacks {', '.join(sorted(missing))}; it holds {_shown(file.names)}."
-        )
+        raise DataError(f"{path} lacks {', '.join(sorted(missing))}; it holds {shown(file.names)}.")
     for part in ("train", "test"):
         _check_labelled_images(path, part, file.members[f"x_{part}"], file.members[f"y_{part}"])
     shapes = [(*file.members[f"x_{part}"].shape[1:], 1)[:3] for part in ("train", "test")]
@@ -598,7 +480,7 @@ def build_npz(*, data_path: str, **options: Any) -> Data:
     return build_array_data("npz", *parts, names, flip=True, **options)
 
 
-def _check_labelled_images(path: Path, part: str, x: _Member, y: _Member) -> None:
+def _check_labelled_images(path: Path, part: str, x: Member, y: Member) -> None:
     """Refuse arrays that are no 8-bit images with one label each, by their headers."""
     if (
         x.dtype != np.uint8
@@ -637,56 +519,6 @@ def check_num_classes(number: int, samples: int, what: str) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Pictures in files
-
-# What Pillow may take a file for, whatever its name says: pictures, and no programs (EPS).
-PICTURE_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
-@contextlib.contextmanager
-def open_picture(path: str | os.PathLike) -> Iterator[Any]:
-    """Open a picture; its size is checked by the header before any pixel is decoded.
-
-    Args:
-        path: A regular file: others (pipes, devices) are never opened, they could wait for ever.
-
-    Raises:
-        DataError: If it is missing, damaged, of no known format, or too large.
-    """
-    from PIL import Image
-
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("it is no regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged below
-            Image.init()  # which formats there are
-            image = Image.open(path, formats=[f for f in PICTURE_FORMATS if f in Image.OPEN])
-        with image:
-            check_picture_size(f"{path}: the picture", image.height, image.width)
-            yield image
-    except DataError:
-        raise
-    except Exception as error:  # Pillow documents no error types: OSError, SyntaxError, struct, …
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path} cannot be read as an image: {reason}") from error
-
-
-def check_picture_size(what: str, height: int, width: int) -> None:
-    """Refuse pictures without pixels, and with so many that no memory holds what is made of them.
-
-    Args:
-        what: The picture, for the message.
-        height: Its height in pixels.
-        width: Its width.
-    """
-    if min(height, width) < 1:
-        raise DataError(f"{what} is {height}x{width}: it has no pixels. Leave it out.")
-    if height * width > MOST_PIXELS:
-        raise DataError(
-            f"{what} is {height}x{width}, {height * width:,} pixels, and pictures of up to "
-            f"{MOST_PIXELS:,} are read. Make it smaller, or leave it out."
-        )
-
 
 # ---------------------------------------------------------------------------------------------
 # Folders of images
@@ -833,92 +665,6 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 # ---------------------------------------------------------------------------------------------
 # Images to denoise
 
-# Weights of R, G, B and what is added, on 0-255: "photo" made the published grayscale sets, "bt601"
-# is the luma of video that super-resolution is measured on.
-LUMA = {
-    "photo": ((0.2989, 0.5870, 0.1140), 0.0),
-    "bt601": ((65.481 / 255, 128.553 / 255, 24.966 / 255), 16.0),
-}
-
-
-LUMA_NOTES = {"photo": "luma; --color keeps it", "bt601": "luma of BT.601"}
-
-
-def _by_rows(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
-    """Compute 8-bit pixels (H, W) in float64, some rows at a time: whole pictures take much."""
-    result = np.empty(array.shape[:2], np.uint8)
-    step = max(1, 2**20 // array.shape[1])
-    for top in range(0, len(array), step):
-        rows = function(array[top : top + step].astype(np.float64))
-        result[top : top + step] = rows.clip(0, 255)
-    return result
-
-
-def read_image(path: str | os.PathLike, color: bool, luma: str = "photo") -> tuple[Tensor, bool]:
-    """Read a picture as (C, H, W) uint8; return it, and whether its colors had to change.
-
-    Args:
-        path: See :func:`open_picture`; 16-bit gray is rounded to 8 bits.
-        color: Three channels; otherwise one, of the luma.
-        luma: What a color picture becomes where one channel is wanted: a name of `LUMA`.
-    """
-    with open_picture(path) as image:
-        if image.mode.startswith("I"):
-            array = np.asarray(image)
-            levels = 65535 if array.max() > 255 else 255
-            array = _by_rows(lambda rows: np.round(rows * (255 / levels)), array)
-        elif image.mode in ("L", "1"):
-            array = np.asarray(image.convert("L"))
-        else:
-            array = np.asarray(image.convert("RGB"))
-    changed = (array.ndim == 3) != color
-    if changed and color:
-        array = np.repeat(array[:, :, None], 3, axis=2)
-    elif changed:
-        weights, offset = LUMA[luma]
-        array = _by_rows(lambda rows: np.round(rows @ np.array(weights) + offset), array)
-    array = array.transpose(2, 0, 1) if color else array[None]
-    return torch.from_numpy(array.copy()), changed
-
-
-def read_image_folders(
-    folders: Sequence[str], color: bool, flag: str, luma: str = "photo"
-) -> tuple[list[Tensor], list[str], list[str]]:
-    """Read all pictures of some folders.
-
-    Args:
-        folders: The folders, or single files.
-        color: See :func:`read_image`.
-        flag: The flag that named them, for messages.
-        luma: See :func:`read_image`.
-
-    Returns:
-        Images (C, H, W) uint8, their names (``folder/file``), and notes for the user.
-    """
-    images: list[Tensor] = []
-    names: list[str] = []
-    changed = 0
-    for folder in map(Path, folders):
-        if not folder.exists():
-            raise DataError(f"{flag} {folder}: there is no such folder.")
-        files = [folder] if folder.is_file() else sorted(folder.iterdir())
-        files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
-        if not files:
-            raise DataError(
-                f"{flag} {folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})."
-            )
-        for file in files:
-            image, other = read_image(file, color, luma)
-            changed += other
-            images.append(image)
-            names.append(f"{file.parent.name}/{file.name}")
-    notes = []
-    if changed:
-        wanted, way = ("color", "all channels equal") if color else ("gray", LUMA_NOTES[luma])
-        notes.append(f"{flag}: {changed} of {len(images)} images converted to {wanted} ({way}).")
-    return images, names, notes
-
-
 # ---------------------------------------------------------------------------------------------
 # Features
 
@@ -939,36 +685,6 @@ class FeatureArray(Dataset):
         """Return a whole batch."""
         indices = torch.as_tensor(indices)
         return self.features[indices], self.labels[indices]
-
-
-def encode_data(
-    data: Data,
-    function: Callable[[Tensor], Tensor],
-    *,
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
-) -> Data:
-    """Replace every sample of classification data by its features, once and for all.
-
-    Args:
-        data: The data; random augmentation is drawn once.
-        function: Maps a batch of samples on the device to features (B, D).
-        device: Where it is evaluated; the features are kept on the CPU.
-        batch_size: Samples at a time.
-    """
-
-    def encode(part: Dataset | None) -> FeatureArray | None:
-        if part is None:
-            return None
-        features, targets = [], []
-        for x, y in build_loader(part, batch_size=batch_size):
-            features.append(function(x.to(device)).cpu())
-            targets.append(y)
-        return FeatureArray(torch.cat(features), torch.cat(targets))
-
-    train, val, test = (encode(part) for part in (data.train, data.val, data.test))
-    shape = tuple(test.features.shape[1:])
-    return replace(data, train=train, val=val, test=test, sample_shape=shape)
 
 
 def limit(dataset: Dataset | None, count: int | None) -> Dataset | None:
@@ -1132,81 +848,3 @@ def build_loader(
 
 # ---------------------------------------------------------------------------------------------
 # Checking
-
-
-class _Inspected(Dataset):
-    """The labels of a data set, or in their place what is wrong with a sample."""
-
-    def __init__(self, dataset: Dataset, name: str, num_classes: int) -> None:
-        self.dataset, self.name, self.num_classes = dataset, name, num_classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> int | str | None:
-        what = f"sample {index} of {self.name}"
-        try:
-            inputs, target = self.dataset[index]
-        except DataError as error:
-            return str(error)
-        if not torch.isfinite(inputs).all():
-            return f"{what} holds numbers that are not finite"
-        target = torch.as_tensor(target)
-        if target.ndim or target.is_floating_point():  # no class
-            return None
-        if not 0 <= target < self.num_classes:
-            return f"{what} has the label {int(target)}, and there are {self.num_classes} classes"
-        return int(target)
-
-
-def inspect_data(data: Data, num_workers: int = 0) -> tuple[dict[str, list[int]], list[str]]:
-    """Read every sample of every set once.
-
-    Args:
-        data: The data.
-        num_workers: See :func:`build_loader`.
-
-    Returns:
-        For every set the number of samples of every class (empty where there are no classes), and
-        a line a set.
-
-    Raises:
-        DataError: With what is wrong with the first samples that cannot be used.
-    """
-    counts: dict[str, list[int]] = {}
-    lines, faults, total = [], [], 0
-    sets = {"train": data.train, "val": data.val, "test": data.test}
-    for name, part in sets.items():
-        if part is None:
-            continue
-        inspected = _Inspected(part, name, data.num_outputs)
-        workers = loading_processes(part, num_workers)
-        found: list[int | str | None] = []
-        for batch in DataLoader(inspected, 64, num_workers=workers, collate_fn=list):
-            found += batch
-        faults += [item for item in found if isinstance(item, str)]
-        total += len(found)
-        labels = [item for item in found if isinstance(item, int)]
-        counts[name] = np.bincount(labels, minlength=data.num_outputs).tolist() if labels else []
-        lines.append(_count_line(name, len(found), counts[name], data.class_names))
-    if faults:
-        shown = "\n  ".join(fault.rstrip(".") for fault in faults[:20])
-        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise DataError(f"{len(faults)} of {total} samples cannot be used:\n  {shown}{more}")
-    return counts, lines
-
-
-def _count_line(name: str, total: int, counts: list[int], class_names: Sequence[str]) -> str:
-    """Word how often every class is there; of many classes the extremes."""
-    line = f"{name}: {total:,} samples"
-    if not counts:
-        return line + "."
-    line += f" of {len(counts)} classes"
-    if len(counts) <= 20:
-        names = class_names or [str(i) for i in range(len(counts))]
-        pairs = zip(names, counts, strict=True)
-        return f"{line}: {', '.join(f'{label}: {count:,}' for label, count in pairs)}."
-    return (
-        f"{line}, {min(counts):,} to {max(counts):,} of each; "
-        f"{sum(count == 0 for count in counts)} classes without any."
-    )

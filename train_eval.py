@@ -7,18 +7,17 @@ A *task* says what a batch means (`tasks.task`), a *trainer* how a model learns 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 import faults
 import ranks
+from evaluation import Averages, Evaluation, evaluate, watched
+from resuming import own_place, own_random_state, restore, settle, state_of
 from utils import (
     CheckpointError,
     Pass,
@@ -26,7 +25,6 @@ from utils import (
     RunFolder,
     TrainingError,
     WriteError,
-    autocast,
     count_parameters,
     get_random_state,
     load_checkpoint,
@@ -38,69 +36,6 @@ from utils import (
 )
 
 __all__ = ["Evaluation", "Run", "dry_run", "evaluate", "fit", "restore", "test", "train"]
-
-
-class _Averages:
-    """Averages of per-sample values; every sample counts the same. Stays on the device."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        if not metrics:
-            return
-        for name, values in metrics.items():
-            total = self.total(values)
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.count += len(next(iter(metrics.values())))
-
-    @staticmethod
-    def total(values: Tensor) -> Tensor:
-        dtype = torch.float32 if values.device.type == "mps" else torch.float64
-        return values.detach().to(dtype).sum()
-
-    def result(self) -> dict[str, float]:
-        return {name: (total / self.count).item() for name, total in self.sums.items()}
-
-    def state(self) -> dict[str, Any]:
-        sums = {name: total.cpu() for name, total in self.sums.items()}
-        return {"sums": sums, "count": self.count}
-
-    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self.sums = {name: total.to(device) for name, total in state["sums"].items()}
-        self.count = state["count"]
-
-    def over_ranks(self) -> "_Averages":
-        """Return the averages of all processes' samples, summed in the order of the processes."""
-        whole = _Averages()
-        for state in ranks.gather(self.state()):
-            whole.include(state)
-        return whole
-
-    def include(self, state: Mapping[str, Any]) -> None:
-        """Add what :meth:`state` of others returned."""
-        for name, total in state["sums"].items():
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.count += state["count"]
-
-
-def _progress(
-    loader: DataLoader,
-    text: str,
-    limit: int | None,
-    show: Callable[[], dict[str, float]] | None = None,
-) -> Iterator[Any]:
-    """Iterate with a bar where a person is watching, and with none in a log file."""
-    total = len(loader) if limit is None else min(limit, len(loader))
-    bar = tqdm(loader, desc=text, total=total, leave=False, disable=None, dynamic_ncols=True)
-    for index, batch in enumerate(bar):
-        if index == total:
-            break
-        yield batch
-        if show is not None and not bar.disable:
-            bar.set_postfix(show())
-    bar.close()
 
 
 CHECK_EVERY = 50  # steps between two looks at the losses: a look waits for the GPU
@@ -133,9 +68,9 @@ def train_one_epoch(
         faults.Stopped: If the run was asked to stop; the state is saved.
     """
     trainer.model.train()
-    averages, step = _Averages(), 0
+    averages, step = Averages(), 0
     begun = 0 if place is None else place["step"]
-    batches = enumerate(_progress(loader, f"epoch {epoch}", max_steps, trainer.columns), start=1)
+    batches = enumerate(watched(loader, f"epoch {epoch}", max_steps, trainer.columns), start=1)
     if begun:
         averages.load(place, trainer.device)
         if place["done"]:
@@ -175,110 +110,6 @@ def train_one_epoch(
     return averages.result() | {"samples": averages.count, "place": place}
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    task: Any,
-    loader: DataLoader,
-    *,
-    device: torch.device,
-    amp: bool = False,
-    with_loss: bool = True,
-    max_batches: int | None = None,
-    text: str = "evaluate",
-    observe: Callable[[Any, Any, Any, Mapping[str, Tensor]], None] | None = None,
-) -> dict[str, float]:
-    """Evaluate a model; return metrics averaged over samples, ``loss`` first where there is one.
-
-    Args:
-        model: The network, on its device.
-        task: What a batch means (see `tasks.task`).
-        loader: Batches.
-        device: Where it runs.
-        amp: Mixed precision.
-        with_loss: Report the task's loss.
-        max_batches: Stop after so many.
-        text: Title of the progress bar.
-        observe: Told inputs, outputs, targets and per-sample metrics of every batch.
-    """
-    model.eval()
-    averages, parts = _Averages(), []
-    # Several processes share the batches; what observes them has to see all of them.
-    shared = ranks.initialised() and observe is None and max_batches is None
-    for batch in _progress(ranks.every_nth_batch(loader) if shared else loader, text, max_batches):
-        if not shared:
-            faults.check()
-        inputs, targets = task.prepare(batch, device)
-        with autocast(device, amp):
-            outputs = task.predict(model, inputs)
-            loss = task.loss(outputs, targets) if with_loss else None
-        metrics = task.metrics(outputs, targets)
-        if loss is not None:
-            metrics = {"loss": loss.expand(len(next(iter(metrics.values())))), **metrics}
-        if shared:
-            totals = {name: averages.total(values) for name, values in metrics.items()}
-            parts.append((totals, len(next(iter(metrics.values())))))
-        else:
-            averages.add(metrics)
-        if observe is not None:
-            observe(inputs, outputs, targets, metrics)
-    return _in_order(parts) if shared else averages.result()
-
-
-def _in_order(parts: list[tuple[dict[str, Tensor], int]]) -> dict[str, float]:
-    """Average over all processes' batches, summed in the order in which one would see them."""
-    mine = [({name: total.item() for name, total in totals.items()}, n) for totals, n in parts]
-    everyone = ranks.gather(mine)
-    sums: dict[str, float] = {}
-    count = 0
-    for index in range(sum(len(batches) for batches in everyone)):
-        totals, n = everyone[index % len(everyone)][index // len(everyone)]
-        for name, total in totals.items():
-            sums[name] = sums[name] + total if name in sums else total
-        count += n
-    return {name: total / count for name, total in sums.items()}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How data sets are evaluated in a run; called with one, it returns averaged metrics.
-
-    Attributes:
-        model: The model, on its device.
-        task: What a batch means.
-        device: Where it runs.
-        load: Makes a loader: `dataset.build_loader` with what the run's loaders share.
-        amp: Mixed precision.
-        with_loss: Report the task's loss.
-    """
-
-    model: nn.Module
-    task: Any
-    device: torch.device
-    load: Callable[..., DataLoader]
-    amp: bool = False
-    with_loss: bool = True
-
-    def loader(self, dataset: Dataset) -> DataLoader:
-        """Return batches of a data set, in its order."""
-        return self.load(dataset)
-
-    def __call__(
-        self, dataset: Dataset, observe: Callable | None = None, text: str = "evaluate"
-    ) -> dict[str, float]:
-        """Return metrics averaged over samples, see :func:`evaluate`."""
-        return evaluate(
-            self.model,
-            self.task,
-            self.load(dataset),
-            device=self.device,
-            amp=self.amp,
-            with_loss=self.with_loss,
-            text=text,
-            observe=observe,
-        )
-
-
 @dataclass(frozen=True)
 class Run:
     """What one run works with.
@@ -305,77 +136,6 @@ class Run:
     def sets(self) -> dict[str, Dataset]:
         """Sets to evaluate after an epoch; the first one decides on the best."""
         return {"test": self.data.test} if self.data.val is None else {"val": self.data.val}
-
-
-def own_random_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the generators' state of this process, out of those that a checkpoint holds."""
-    several = state.get("random_states", [])
-    if len(several) == ranks.world_size() > 1:
-        return several[ranks.rank()]
-    return state["random_state"]
-
-
-def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
-    """Put model, trainer and generators where a checkpoint left them.
-
-    Raises:
-        CheckpointError: If entries are missing or of another form.
-    """
-    try:
-        load_weights(trainer.model, checkpoint)
-        trainer.load_state_dict(checkpoint["trainer"])
-        set_random_state(own_random_state(checkpoint))
-        progress = Progress.from_state(checkpoint["progress"])
-        if (place := checkpoint.get("place")) is not None:
-            _Averages().load(place, trainer.device)
-            if not (isinstance(place["step"], int) and place["epoch"] == progress.epoch + 1):
-                raise CheckpointError("its 'place' in the epoch is of another form.")
-    except CheckpointError as error:
-        raise CheckpointError(f"the checkpoint cannot be gone on with: {error}") from error
-    except KeyError as error:
-        raise CheckpointError(
-            f"the checkpoint cannot be gone on with: it lacks {error}. A file of weights alone "
-            "can be begun with by --pretrained."
-        ) from error
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"the checkpoint cannot be gone on with: an entry has another form than this program "
-            f"writes ({reason})."
-        ) from error
-    if progress.best_epoch == progress.epoch and place is None:
-        progress.best_digest = checkpoint.get("digest", "")
-    return progress
-
-
-def own_place(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return this process's place in the epoch, out of those that a checkpoint holds.
-
-    If it was saved by another number of processes, the first one takes over all their averages.
-    """
-    places = checkpoint.get("places", [checkpoint["place"]])
-    if len(places) == ranks.world_size():
-        return places[ranks.rank()]
-    whole = _Averages()
-    for place in places if ranks.rank() == 0 else []:
-        whole.include(place)
-    return {**checkpoint["place"], **whole.state()}
-
-
-def state_of(trainer: Any, run: Run, progress: Progress, **more: Any) -> dict[str, Any]:
-    """Return what a run can be gone on with from."""
-    random_state = get_random_state()
-    state = {
-        "model": trainer.model.state_dict(),
-        "trainer": trainer.state_dict(),
-        "progress": vars(progress),
-        "random_state": random_state,
-        "args": dict(run.arguments),
-        **more,
-    }
-    if ranks.initialised():
-        state["random_states"] = ranks.gather(random_state)
-    return state
 
 
 def fit(
@@ -506,36 +266,6 @@ def after_epoch(trainer: Any, run: Run, progress: Progress, judge: str) -> None:
         plot_learning_curves(progress.history, path, eval_name=judge)
     summarize(trainer, run, progress, judge)
     trainer.report(run.folder)
-
-
-def settle(trainer: Any, run: Run, source: Path, checkpoint: Mapping[str, Any], progress: Any):
-    """Let ``best.pt`` be what the state says; say so in the results where it was not.
-
-    Where the best state is lost, the state that the run goes on from is the best one there is.
-    """
-    at_end = "place" not in checkpoint
-    there, line = True, None
-    if run.folder.writes:
-        there, line = run.folder.settle(source, progress, at_end=at_end)
-    there, line = ranks.broadcast_object((there, line))
-    if not there:
-        lost, task = progress.best_epoch, run.task
-        judge = next(iter(run.sets))
-        progress.best_epoch, progress.best_digest = 0, ""
-        progress.best_value = -math.inf if task.higher_is_better else math.inf
-        if at_end:
-            progress.best_epoch = progress.epoch
-            progress.best_value = progress.history[-1][f"{judge}_{task.headline}"]
-            progress.best_digest = checkpoint.get("digest", "")
-            if run.folder.writes:
-                run.folder.settle(run.folder.path / run.folder.LAST, progress, at_end=True)
-        line = (
-            f"The weights of the best epoch, {lost}, are lost ({line}): the best one is chosen "
-            f"from epoch {progress.epoch + (not at_end)} on."
-        )
-        progress.lines.append(line)
-    if line is not None and run.folder.writes:
-        print(line)
 
 
 def summarize(trainer: Any, run: Run, progress: Progress, judge: str, **more: Any) -> None:

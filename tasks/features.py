@@ -7,13 +7,15 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from dataset import Data, encode_data
+from dataset import Data, FeatureArray, build_loader
 
 __all__ = ["PCA", "check_features", "load_features", "penultimate_features"]
 
@@ -136,3 +138,33 @@ def penultimate_features(network: nn.Module, inputs: Tensor) -> Tensor:
     finally:
         hook.remove()
     return seen[-1].flatten(1).float()
+
+
+def encode_data(
+    data: Data,
+    function: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> Data:
+    """Replace every sample of classification data by its features, once and for all.
+
+    Args:
+        data: The data; random augmentation is drawn once.
+        function: Maps a batch of samples on the device to features (B, D).
+        device: Where it is evaluated; the features are kept on the CPU.
+        batch_size: Samples at a time.
+    """
+
+    def encode(part: Dataset | None) -> FeatureArray | None:
+        if part is None:
+            return None
+        features, targets = [], []
+        for x, y in build_loader(part, batch_size=batch_size):
+            features.append(function(x.to(device)).cpu())
+            targets.append(y)
+        return FeatureArray(torch.cat(features), torch.cat(targets))
+
+    train, val, test = (encode(part) for part in (data.train, data.val, data.test))
+    shape = tuple(test.features.shape[1:])
+    return replace(data, train=train, val=val, test=test, sample_shape=shape)

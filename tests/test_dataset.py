@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import dataset
+import files
 from dataset import DataError, ImageArray, build_loader, split_train
 from tasks import DATASETS
 
@@ -284,7 +285,7 @@ def test_members_nobody_asked_for_stay_packed(tmp_path, monkeypatch):
 def test_more_than_the_memory_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     write_npz(path)
-    monkeypatch.setattr(dataset, "memory_size", lambda device: 1000)
+    monkeypatch.setattr(files, "memory_size", lambda device: 1000)
     with pytest.raises(DataError, match=r"this machine has 0\.0 GB"):
         load_data("npz", data_path=str(path), **OPTIONS)
 

@@ -15,11 +15,12 @@ from sklearn.datasets import load_digits
 import main as program
 import train_eval
 import trainers
-from dataset import Data, DataError, FeatureArray, inspect_data
+from dataset import Data, DataError, FeatureArray
 from layers import LAYERS
 from main import build_parser, main
 from models import MODELS
 from tasks import DATASETS, TASKS
+from tasks.inspection import inspect_data
 
 PUBLISHED_DEFAULTS = {
     "model": "vgg11",

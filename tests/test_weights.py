@@ -9,7 +9,7 @@ import torch
 from export_weights import main as export
 from PIL import Image
 
-import main as program
+import commandline
 from main import main
 from utils import read_safetensors, read_weights, save_safetensors
 
@@ -58,7 +58,7 @@ def test_damaged_files(tmp_path, content):
 def pictures(tmp_path, monkeypatch):
     """A trained denoiser and enlarger, exported where the program looks; pictures to treat."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(program, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(commandline, "WEIGHTS", tmp_path / "weights")
     rng = np.random.default_rng(0)
     for folder in ("train", "photos", "weights", "empty"):
         Path(folder).mkdir()

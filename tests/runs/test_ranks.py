@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import commandline
 import main as program
 import models
 from main import main
@@ -199,7 +200,7 @@ def test_a_killed_process_ends_the_others_and_the_folder_resumes(plain):
 
 
 def test_growth_is_refused_under_torchrun(plain, monkeypatch, refused):
-    monkeypatch.setattr(program, "world_size", lambda: 2)
+    monkeypatch.setattr(commandline, "world_size", lambda: 2)
     code, text = refused(main, ["--model", "dynamic", "--dataset", "digits", "--device", "cpu"])
     assert code == 2
     assert "learns in one" in text

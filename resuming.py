@@ -1,0 +1,119 @@
+"""What a run needs to go on: its state, and putting it back."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ranks
+from evaluation import Averages
+from utils import (
+    CheckpointError,
+    Progress,
+    get_random_state,
+    load_weights,
+    set_random_state,
+)
+
+__all__ = ["own_place", "restore", "settle", "state_of"]
+
+
+def own_random_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the generators' state of this process, out of those that a checkpoint holds."""
+    several = state.get("random_states", [])
+    if len(several) == ranks.world_size() > 1:
+        return several[ranks.rank()]
+    return state["random_state"]
+
+
+def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
+    """Put model, trainer and generators where a checkpoint left them.
+
+    Raises:
+        CheckpointError: If entries are missing or of another form.
+    """
+    try:
+        load_weights(trainer.model, checkpoint)
+        trainer.load_state_dict(checkpoint["trainer"])
+        set_random_state(own_random_state(checkpoint))
+        progress = Progress.from_state(checkpoint["progress"])
+        if (place := checkpoint.get("place")) is not None:
+            Averages().load(place, trainer.device)
+            if not (isinstance(place["step"], int) and place["epoch"] == progress.epoch + 1):
+                raise CheckpointError("its 'place' in the epoch is of another form.")
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint cannot be gone on with: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be gone on with: it lacks {error}. A file of weights alone "
+            "can be begun with by --pretrained."
+        ) from error
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"the checkpoint cannot be gone on with: an entry has another form than this program "
+            f"writes ({reason})."
+        ) from error
+    if progress.best_epoch == progress.epoch and place is None:
+        progress.best_digest = checkpoint.get("digest", "")
+    return progress
+
+
+def own_place(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return this process's place in the epoch, out of those that a checkpoint holds.
+
+    If it was saved by another number of processes, the first one takes over all their averages.
+    """
+    places = checkpoint.get("places", [checkpoint["place"]])
+    if len(places) == ranks.world_size():
+        return places[ranks.rank()]
+    whole = Averages()
+    for place in places if ranks.rank() == 0 else []:
+        whole.include(place)
+    return {**checkpoint["place"], **whole.state()}
+
+
+def state_of(trainer: Any, run: Any, progress: Progress, **more: Any) -> dict[str, Any]:
+    """Return what a run can be gone on with from."""
+    random_state = get_random_state()
+    state = {
+        "model": trainer.model.state_dict(),
+        "trainer": trainer.state_dict(),
+        "progress": vars(progress),
+        "random_state": random_state,
+        "args": dict(run.arguments),
+        **more,
+    }
+    if ranks.initialised():
+        state["random_states"] = ranks.gather(random_state)
+    return state
+
+
+def settle(trainer: Any, run: Any, source: Path, checkpoint: Mapping[str, Any], progress: Any):
+    """Let ``best.pt`` be what the state says; say so in the results where it was not.
+
+    Where the best state is lost, the state that the run goes on from is the best one there is.
+    """
+    at_end = "place" not in checkpoint
+    there, line = True, None
+    if run.folder.writes:
+        there, line = run.folder.settle(source, progress, at_end=at_end)
+    there, line = ranks.broadcast_object((there, line))
+    if not there:
+        lost, task = progress.best_epoch, run.task
+        judge = next(iter(run.sets))
+        progress.best_epoch, progress.best_digest = 0, ""
+        progress.best_value = -math.inf if task.higher_is_better else math.inf
+        if at_end:
+            progress.best_epoch = progress.epoch
+            progress.best_value = progress.history[-1][f"{judge}_{task.headline}"]
+            progress.best_digest = checkpoint.get("digest", "")
+            if run.folder.writes:
+                run.folder.settle(run.folder.path / run.folder.LAST, progress, at_end=True)
+        line = (
+            f"The weights of the best epoch, {lost}, are lost ({line}): the best one is chosen "
+            f"from epoch {progress.epoch + (not at_end)} on."
+        )
+        progress.lines.append(line)
+    if line is not None and run.folder.writes:
+        print(line)
