@@ -70,6 +70,7 @@ class TrainingOptions(Options):
         "save last.pt every N steps too, to go on amid an epoch; 0: after epochs, and when the run "
         "is asked to stop",
         least=0,
+        most=10**9,
         resumable=True,
         trainers=("gradient", "growth"),
     )
@@ -299,6 +300,7 @@ class GradientOptions(TrainingOptions):
         "parts that a step's batch is gone through in, whose gradients add up: less memory; "
         "batch norm sees the parts",
         least=1,
+        most=10**6,
     )
     sync_bn: bool = option(
         False, "under torchrun: batch norm by the statistics of all processes' samples"
