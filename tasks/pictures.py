@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import IMAGE_SUFFIXES, DataError, open_picture
+from files import IMAGE_SUFFIXES, DataError, open_picture
 from utils import atomic_path
 
 __all__ = ["Picture", "check_target", "find_pictures", "read_picture", "write_picture"]

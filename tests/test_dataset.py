@@ -445,7 +445,8 @@ def test_pixels_are_those_of_whole_pictures(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (700, 1900, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    luma = np.round(pixels @ np.array(dataset.LUMA)).clip(0, 255).astype(np.uint8)
+    weights, offset = files.LUMA["photo"]
+    luma = np.round(pixels @ np.array(weights) + offset).clip(0, 255).astype(np.uint8)
     image, changed = dataset.read_image(tmp_path / "a.png", color=False)
     assert changed
     np.testing.assert_array_equal(image[0], luma)

@@ -308,7 +308,7 @@ def test_unreadable_files(grow, refused, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     for dataset, flag, name, message in (
         ("text", "--text_path", "short.txt", "not enough to look at 10"),
-        ("text", "--text_path", "binary.txt", "cannot be read as UTF-8"),
+        ("text", "--text_path", "binary.txt", "is no UTF-8 text"),
         ("image", "--image_path", "broken.png", "cannot be read as an image"),
     ):
         code, text = refused(grow, flag, name, dataset=dataset)
