@@ -31,8 +31,10 @@ from options import (
     add_flag,
     check_stored,
     did_you_mean,
+    flagged,
     merge_options,
     read_texts,
+    whole_numbers,
 )
 from ranks import world_size
 from tasks import DATASETS, TASKS
@@ -272,6 +274,10 @@ def parse_arguments(
                 f"--output_dir {base} already holds a run. Add --resume to go on with it, "
                 "--test_only to evaluate it, --overwrite to replace it, or name another folder."
             )
+    try:
+        whole_numbers(chosen(values).owners, values)
+    except OptionError as error:
+        parser.error(flagged(error, all_options()))
     return values, given, checkpoint
 
 

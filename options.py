@@ -36,6 +36,7 @@ __all__ = [
     "merge_options",
     "option",
     "read_texts",
+    "whole_numbers",
 ]
 
 
@@ -277,10 +278,34 @@ def merge_options(pairs: Iterable[tuple[str, Option]]) -> dict[str, tuple[str, O
         for bound, loosest in (("least", min), ("most", max), ("above", min), ("below", max)):
             pair = (getattr(first, bound), getattr(each, bound))
             changes[bound] = None if None in pair else loosest(pair)
+        if {first.kind, each.kind} == {int, float}:
+            changes["kind"] = float  # whole numbers are taken too, see `whole_numbers`
         if each.meaning not in first.meaning:
             changes["meaning"] = f"{first.meaning}; {each.meaning}"
         merged[each.name] = (title, dataclasses.replace(first, **changes))
     return merged
+
+
+def whole_numbers(owners: Iterable[type[Options]], values: dict[str, Any]) -> None:
+    """Make numbers whole again that share a flag with numbers that need not be.
+
+    Args:
+        owners: The options of a run.
+        values: Their values, changed in place.
+
+    Raises:
+        OptionError: If a number must be whole and is not.
+    """
+    for owner in owners:
+        for each in owner.declared():
+            value = values.get(each.name)
+            if each.kind is not int or not isinstance(value, float):
+                continue
+            if not value.is_integer():
+                raise OptionError(
+                    f"{each.name} must be a whole number (got {value}): {each.meaning}."
+                )
+            values[each.name] = int(value)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

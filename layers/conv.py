@@ -40,7 +40,9 @@ class ConvOptions(Options):
 class PlainConvOptions(ConvOptions):
     """An ordinary convolution."""
 
-    dilation: int = option(1, "distance between the taps of Conv2d, in positions", least=1)
+    dilation: int = option(
+        1, "distance between the taps of Conv2d, in positions", least=1, most=1024
+    )
 
 
 @dataclass(frozen=True)

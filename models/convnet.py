@@ -18,12 +18,13 @@ class ConvNetOptions(Options):
     """How deep and how wide."""
 
     title = "Small plain network (convnet)"
-    depth: int = option(4, "layers of the convnet", least=1)
-    width: int = option(24, "channels of every layer of the convnet", least=1)
+    depth: int = option(4, "layers of the convnet", least=1, most=1000)
+    width: int = option(24, "channels of every layer of the convnet", least=1, most=10**10)
     pool_after: int = option(
         2,
         "layers of the convnet that a 2x2 max pooling follows: one number, or 1,2; 0: none",
         least=0,
+        most=1000,
         several="commas",
     )
 

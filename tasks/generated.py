@@ -33,9 +33,11 @@ class GeneratedOptions(Options):
     """How many images, and how hard they are."""
 
     title = "Generated images (recall, match, copy)"
-    num_train: int = option(6000, "generated training images", least=1)
-    num_test: int = option(2000, "generated test images", least=1)
-    resize: int = option(None, "side of the square images are resized to", kind=int, least=1)
+    num_train: int = option(6000, "generated training images", least=1, most=10**7)
+    num_test: int = option(2000, "generated test images", least=1, most=10**7)
+    resize: int = option(
+        None, "side of the square images are resized to", kind=int, least=1, most=4096
+    )
     noise: float = option(
         0.0,
         "standard deviation of Gaussian noise on images in [0, 1], in training and testing",
@@ -47,8 +49,8 @@ class GeneratedOptions(Options):
 class FigureOptions(GeneratedOptions):
     """Colored figures on a grid of cells."""
 
-    grid: int = option(3, "recall and match: cells along a side of the image", least=2)
-    cell: int = option(7, "recall and match: pixels from one cell to the next", least=5)
+    grid: int = option(3, "recall and match: cells along a side of the image", least=2, most=64)
+    cell: int = option(7, "recall and match: pixels from one cell to the next", least=5, most=64)
     jitter: float = option(
         0.05, "recall and match: how far a hue may lie off its place, in turns", least=0, most=0.25
     )
@@ -66,7 +68,9 @@ class FigureOptions(GeneratedOptions):
 class RecallOptions(FigureOptions):
     """Bars, one of them in the color of a plus."""
 
-    distractors: int = option(3, "recall: bars beside the one that is asked for", least=0)
+    distractors: int = option(
+        3, "recall: bars beside the one that is asked for", least=0, most=4096
+    )
     repeat: bool = option(
         False, "recall: let several bars have one orientation (more than four bars always do)"
     )
@@ -82,7 +86,7 @@ class MatchOptions(FigureOptions):
     """Two framed patches of the same or of two colors."""
 
     distractors: int = option(
-        0, "match: patches without a frame beside the two framed ones", least=0
+        0, "match: patches without a frame beside the two framed ones", least=0, most=4096
     )
 
     def __post_init__(self) -> None:
@@ -95,8 +99,8 @@ class MatchOptions(FigureOptions):
 class CopyOptions(GeneratedOptions):
     """Noise in which a block may be repeated."""
 
-    side: int = option(20, "copy: side of the image", least=4)
-    block: int = option(4, "copy: side of the block that may be repeated", least=1)
+    side: int = option(20, "copy: side of the image", least=4, most=4096)
+    block: int = option(4, "copy: side of the block that may be repeated", least=1, most=4096)
 
     def __post_init__(self) -> None:
         """Refuse blocks of which two do not fit."""

@@ -219,9 +219,9 @@ def test_toys_mix_with_what_is_there(toys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gain", "0"], "argument --gain: must be above 0 (got 0)"),
-        (["--toy_width", "0"], "argument --toy_width: must be at least 1"),
-        (["--stripe_count", "many"], "argument --stripe_count: invalid int value: 'many'"),
+        (["--gain", "0"], "--gain: must be above 0 (got 0)"),
+        (["--toy_width", "0"], "--toy_width: must be at least 1"),
+        (["--stripe_count", "many"], "--stripe_count: invalid int value: 'many'"),
         (["--task", "denoising"], "--task denoising cannot be learnt from --dataset stripes"),
         (["--task", "counting", "--model", "vgg11"], "--model vgg11 cannot do counting"),
         (["--task", "counting", "--dataset", "digits"], "cannot be learnt from --dataset digits"),

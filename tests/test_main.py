@@ -114,7 +114,7 @@ def test_help_all_prints_every_flag(capsys):
         ("knn", "--vote", "--lr"),
         ("K", "number of neighbors", "--lr"),
         ("lr_step", "in epochs", "--K "),
-        ("vgg11", "no options of its own", "--K "),
+        ("vgg11", "two hidden layers of 4096", "--K "),
     ],
 )
 def test_help_of_a_topic(capsys, topic, shown, hidden):

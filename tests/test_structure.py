@@ -18,7 +18,7 @@ ALLOWED = {
     "faults": set(),
     "ranks": set(),
     "environment": {"utils"},
-    "evaluation": {"utils", "ranks"},
+    "evaluation": {"utils", "ranks", "faults"},
     "resuming": {"utils", "ranks", "evaluation"},
     "train_eval": {"utils", "faults", "ranks", "evaluation", "resuming"},
     "trainers": {"utils", "options", "ranks"},

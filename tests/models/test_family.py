@@ -73,4 +73,4 @@ def test_from_the_command_line(tmp_path, monkeypatch, refused):
     main(["--model", "densenet121", "--dataset", "digits", "--width", "0.1", *small])
     code, text = refused(main, ["--model", "vgg11", "--width", "0"])
     assert code == 2
-    assert "argument --width: must be above 0" in text
+    assert "--width must be above 0" in text
