@@ -79,6 +79,8 @@ def distributed(device: str) -> Iterator[bool]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield rank() == 0
+        if joins:
+            dist.barrier()  # nobody leaves while others still speak
     finally:
         if joins and dist.is_initialized():
             dist.destroy_process_group()

@@ -178,7 +178,7 @@ def test_the_numbers_of_one_process(plain, processes):
 
 
 def test_an_error_ends_all_with_one_message(plain):
-    done = torchrun(2, plain, [*FLAGS, "--lr", "inf", "--batch_size", 201, "--output_dir", "run"])
+    done = torchrun(2, plain, [*FLAGS, "--lr", "1e39", "--batch_size", 201, "--output_dir", "run"])
     assert done.returncode != 0
     assert done.stderr.count("the weights are ruined") == 1
     done = torchrun(2, plain, [*FLAGS, "--val_split", "0.001", "--output_dir", "no"])

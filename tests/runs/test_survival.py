@@ -140,7 +140,7 @@ def test_left_overs_of_killed_writes_are_removed(run):
 
 def test_ruined_weights_are_not_saved(run, refused):
     flags = ("--batch_size", 50, "--output_dir", "run", "--layer", "Conv2d")
-    code, text = refused(run, *flags, "--lr", "inf")
+    code, text = refused(run, *flags, "--lr", "1e39")
     assert code == 1
     assert "is not finite after step 1 of epoch 1" in text
     assert "Nothing was saved yet" in text
@@ -370,18 +370,18 @@ def test_a_signal_finishes_the_step_and_saves(run, monkeypatch, refused, name):
 
 
 def test_a_signal_during_an_evaluation_keeps_the_epoch(run, monkeypatch, refused):
-    import train_eval
+    import evaluation
 
     flags = ("--num_epochs", 2, "--output_dir")
     run(*flags, "whole")
-    original = train_eval.evaluate
+    original = evaluation.evaluate
 
     def evaluate(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_eval, "evaluate", evaluate)
+        patch.setattr(evaluation, "evaluate", evaluate)
         assert refused(run, *flags, "broken")[0] == 143
     place = load_checkpoint("broken/last.pt")["place"]
     assert (place["epoch"], place["step"], place["done"]) == (1, 3, True)
