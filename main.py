@@ -57,7 +57,7 @@ from ops.cpu import build as native
 from options import (
     flagged,
 )
-from ranks import distributed, gather, in_agreement, initialised, world_size
+from ranks import distributed, gather, in_agreement, initialised, leave_together, world_size
 from tasks import Task
 from tasks.inspection import inspect_data
 from train_eval import Evaluation, Run, dry_run, test, train
@@ -495,3 +495,5 @@ def resume_hint(folder: RunFolder, keeps: bool) -> str:
 
 if __name__ == "__main__":
     main()
+    if world_size() > 1:
+        leave_together()

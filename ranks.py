@@ -86,6 +86,17 @@ def distributed(device: str) -> Iterator[bool]:
             dist.destroy_process_group()
 
 
+def leave_together() -> None:
+    """End a process of several that has done its work.
+
+    The threads of gloo may still run when the interpreter ends in its ordinary way, and end it by
+    an abort: torchrun would call the run failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 # ---------------------------------------------------------------------------------------------
 # Agreeing
 

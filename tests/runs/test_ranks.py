@@ -36,7 +36,10 @@ for words in json.loads(sys.argv[1]):
         die_at(int(words[1]))
         words = words[2:]
     main(words)
+dist.barrier()
 dist.destroy_process_group()
+from ranks import leave_together
+leave_together()
 """
 FLAGS = ["--model", "plain", "--layer", "Conv2d", "--dataset", "digits", "--device", "cpu"]
 # 21 steps, the last one of a single sample; 7 batches of the test set, the last one shorter.
