@@ -79,17 +79,6 @@ from utils import (
 
 __all__ = ["build_parser", "main"]
 
-# ---------------------------------------------------------------------------------------------
-# From the command line to arguments
-
-
-# ---------------------------------------------------------------------------------------------
-# Checks: what cannot work is refused before any work is done
-
-
-# ---------------------------------------------------------------------------------------------
-# The run
-
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line.
@@ -375,14 +364,20 @@ def run_choice(
         source=values["checkpoint"] or str(folder.path / folder.LAST),
         save_every=values["save_every"],
     )
-    if folder.writes:
-        where = shlex.quote(str(folder.path))
-        print(
-            f"All of it is in {folder.path}.\n"
-            f"Test it:    python main.py --test_only --output_dir {where}\n"
-            f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS"
-        )
+    print_closing(folder)
     return results
+
+
+def print_closing(folder: RunFolder) -> None:
+    """Say where everything is, and what can be done with it."""
+    if not folder.writes:
+        return
+    where = shlex.quote(str(folder.path))
+    print(
+        f"All of it is in {folder.path}.\n"
+        f"Test it:    python main.py --test_only --output_dir {where}\n"
+        f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS"
+    )
 
 
 def print_opening(
