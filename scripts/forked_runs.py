@@ -1,0 +1,154 @@
+"""Small runs of the three trainers in processes of their own, and what their files say.
+
+Every run is forked from this process, which has imported everything and learnt nothing.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch import nn
+
+import models
+from main import main
+from options import Options
+from utils import content_digest, load_checkpoint
+
+__all__ = ["COMMANDS", "RUN", "Ended", "differences", "snapshot", "start", "wait"]
+
+RUN = "run"  # the run folder, in the folder of a case
+
+
+class SmallNet(nn.Module):
+    """A layer, batch norm, dropout and a classifier."""
+
+    Options = Options
+    family, tasks, training = "Small", ("classification",), "gradient"
+    uses_layer, min_input_size = True, 1
+
+    def __init__(self, *, layer, in_channels, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            layer(in_channels=in_channels, out_channels=8),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+        )
+        self.classifier = nn.Linear(32, num_classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x))
+
+
+DIGITS = ("--dataset", "digits", "--device", "cpu", "--limit_test", "40")
+COMMANDS = {
+    "gradient": [
+        *("--model", "small", "--layer", "Conv2d", "--num_epochs", "3", "--batch_size", "20"),
+        *("--limit_train", "110", "--val_split", "0.1", "--augment", "--save_every", "2"),
+        *("--scheduler", "cosine", *DIGITS),
+    ],
+    "growth": [
+        *("--model", "dynamic", "--num_epochs", "2", "--num_layers", "2", "--batch_size", "20"),
+        *("--limit_train", "1200", "--save_every", "1", "--prune", *DIGITS),
+    ],
+    "memory": ["--model", "knn", "--K", "1,3", "--limit_train", "200", *DIGITS],
+}
+
+
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        code: Its exit code; less than zero: the signal that killed it.
+        said: What it printed.
+    """
+
+    def __init__(self, code: int, said: str) -> None:
+        self.code, self.said = code, said
+
+    @property
+    def broken(self) -> bool:
+        """Whether it ended in a traceback."""
+        return "Traceback (most recent call last)" in self.said
+
+
+def start(folder: Path, words: list[str], hook: Callable[[], Any] | None = None) -> int:
+    """Fork a run of ``main.py`` in a folder; return its process.
+
+    Args:
+        folder: Where it runs; what it prints goes into ``log.txt`` there.
+        words: Its flags.
+        hook: Called in the process before the run.
+    """
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    code: Any = 70
+    try:
+        os.chdir(folder)
+        log = os.open("log.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        models.MODELS["small"] = SmallNet
+        if hook is not None:
+            hook()
+        main(words)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:  # it is looked for in what was printed
+        traceback.print_exc()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code or 0)
+
+
+def wait(process: int, folder: Path) -> Ended:
+    """Wait for a run to end."""
+    _, status = os.waitpid(process, 0)
+    said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    return Ended(os.waitstatus_to_exitcode(status), said)
+
+
+SECONDS = re.compile(r"\d+\.\d+s|\d+ (samples|queries)/s")
+TIMED = ("times", "lines", "digest", "best_digest")
+
+
+def _untimed(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {k: _untimed(v) for k, v in item.items() if k not in TIMED}
+    return item
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Return what every file of a run says, but for times."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or name in ("timing.csv", "environment.json"):
+            continue
+        if path.suffix == ".pt":
+            found[name] = content_digest(_untimed(load_checkpoint(path)))
+        elif name == "summary.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+        elif path.suffix == ".txt":
+            found[name] = SECONDS.sub("", path.read_text(encoding="utf-8"))
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return the names of files that are not the same, or only in one of two snapshots."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
