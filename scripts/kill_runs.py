@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from forked_runs import COMMANDS, RUN, differences, snapshot, start, wait
+from forked_runs import COMMANDS, RUN, differences, snapshot, start, table, wait
 
 import trainers
 import utils
@@ -205,13 +205,6 @@ class Attack:
 
 
 STEPS = {"gradient": 15, "growth": 4, "memory": 1}  # of the commands
-
-
-def table(rows: list[dict[str, object]]) -> str:
-    """Return a table in Markdown."""
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([str(row[n]) for n in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from main import main
 from options import Options
 from utils import content_digest, load_checkpoint
 
-__all__ = ["COMMANDS", "RUN", "Ended", "differences", "snapshot", "start", "wait"]
+__all__ = ["COMMANDS", "RUN", "Ended", "differences", "snapshot", "start", "table", "wait"]
 
 RUN = "run"  # the run folder, in the folder of a case
 
@@ -152,3 +152,10 @@ def snapshot(folder: Path) -> dict[str, Any]:
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Return the names of files that are not the same, or only in one of two snapshots."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a table in Markdown."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([str(row[n]) for n in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
