@@ -31,7 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import RunFolder, atomic_path, write_text
+from run_folder import RunFolder
+from utils import atomic_path, write_text
 
 SMALL = (
     "--model convnet --device cpu --batch_size 64 --num_epochs 6 --optimizer adam --lr 3e-3 "
