@@ -21,6 +21,7 @@ from builders import (
     rehearse_run,
     without_rows,
 )
+from checkpoints import CheckpointError, load_checkpoint, read_weights
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from options import (
@@ -37,17 +38,11 @@ from options import (
     whole_numbers,
 )
 from ranks import world_size
+from run_folder import RunFolder
 from tasks import DATASETS, TASKS
 from tasks.features import check_features
 from trainers import TRAINERS
-from utils import (
-    CheckpointError,
-    RunFolder,
-    load_checkpoint,
-    parse_args_text,
-    read_text_file,
-    read_weights,
-)
+from utils import parse_args_text, read_text_file
 
 __all__ = ["build_parser", "check_arguments", "parse_arguments", "resolve_device"]
 
@@ -299,7 +294,7 @@ def find_newest(values: dict[str, Any]) -> None:
 
 def newest_whole(folder: Path, say: Callable[[str], Any] | None = None) -> Path | None:
     """Return the newest checkpoint of a folder that can be read; None if there is none."""
-    for name in (RunFolder.LAST, RunFolder.BEST):
+    for name in (RunFolder.LAST, RunFolder.PREVIOUS, RunFolder.BEST):
         path = folder / name
         if not os.path.exists(path):
             continue

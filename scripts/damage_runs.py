@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from forked_runs import COMMANDS, RUN, Ended, differences, snapshot, start, table, wait
-from kill_runs import at_step
 
-from utils import load_checkpoint, save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
+from scripts.kill_runs import at_step
+from tests.forked_runs import COMMANDS, RUN, Ended, differences, snapshot, start, table, wait
 
 GONE = object()
 STATE = ("trainer", "optimizer", "state")

@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from forked_runs import COMMANDS, RUN, differences, snapshot, start, table, wait
 
+import checkpoints
 import trainers
-import utils
+from tests.forked_runs import COMMANDS, RUN, differences, snapshot, start, table, wait
 
 WRITES = os.O_WRONLY | os.O_RDWR
 CHANGES = {"os.rename", "os.link", "os.remove", "os.chmod", "os.rmdir", "os.mkdir"}
@@ -63,7 +63,7 @@ def at_write(number: int, report: Path | None = None) -> Callable[[], None]:
             if place in (whole := Path(path).absolute()).parents or whole == place:
                 step()
 
-        original = utils._Watched.write
+        original = checkpoints._Watched.write
 
         def write(self, data):
             self.calls = getattr(self, "calls", 0) + 1
@@ -74,7 +74,7 @@ def at_write(number: int, report: Path | None = None) -> Callable[[], None]:
 
         if report is not None:
             counter = os.open(report, os.O_CREAT | os.O_WRONLY)
-        utils._Watched.write = write
+        checkpoints._Watched.write = write
         sys.addaudithook(watch)
 
     return hook

@@ -13,47 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from torch import nn
+import torchvision  # noqa: F401 - what a run would import
 
 import models
+from checkpoints import content_digest, load_checkpoint
 from main import main
-from options import Options
-from utils import content_digest, load_checkpoint
+from tests.conftest import TinyNet
 
 __all__ = ["COMMANDS", "RUN", "Ended", "differences", "snapshot", "start", "table", "wait"]
 
 RUN = "run"  # the run folder, in the folder of a case
 
 
-class SmallNet(nn.Module):
-    """A layer, batch norm, dropout and a classifier."""
-
-    Options = Options
-    family, tasks, training = "Small", ("classification",), "gradient"
-    uses_layer, min_input_size = True, 1
-
-    def __init__(self, *, layer, in_channels, num_classes):
-        super().__init__()
-        self.features = nn.Sequential(
-            layer(in_channels=in_channels, out_channels=8),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Dropout(0.2),
-        )
-        self.classifier = nn.Linear(32, num_classes)
-
-    def forward(self, x):
-        return self.classifier(self.features(x))
-
-
 DIGITS = ("--dataset", "digits", "--device", "cpu", "--limit_test", "40")
 COMMANDS = {
     "gradient": [
-        *("--model", "small", "--layer", "Conv2d", "--num_epochs", "3", "--batch_size", "20"),
+        *("--model", "tiny", "--layer", "Conv2d", "--num_epochs", "3", "--batch_size", "20"),
         *("--limit_train", "110", "--val_split", "0.1", "--augment", "--save_every", "2"),
         *("--scheduler", "cosine", *DIGITS),
     ],
@@ -100,7 +75,7 @@ def start(folder: Path, words: list[str], hook: Callable[[], Any] | None = None)
         log = os.open("log.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        models.MODELS["small"] = SmallNet
+        models.MODELS["tiny"] = TinyNet
         if hook is not None:
             hook()
         main(words)
