@@ -255,11 +255,17 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     for name in ("model", "args"):
         if not isinstance(checkpoint[name], Mapping):
             raise CheckpointError(f"{path} is no checkpoint of this program: '{name}' is no table.")
-    digest = checkpoint.get("digest")
-    if digest is None and checkpoint.get("format", 1) == 1:
+        if not all(isinstance(key, str) for key in checkpoint[name]):
+            raise CheckpointError(f"{path} is damaged: entries of '{name}' have no names.")
+    version, digest = checkpoint.get("format", 1), checkpoint.get("digest")
+    if digest is None and isinstance(version, int) and version == 1:
         return checkpoint
     content = {name: value for name, value in checkpoint.items() if name != "digest"}
-    if checkpoint.get("format") != FORMAT or digest != content_digest(content):
+    try:
+        whole = isinstance(version, int) and version == FORMAT and digest == content_digest(content)
+    except (RuntimeError, TypeError, ValueError):  # lists in themselves, sparse tensors, ...
+        whole = False
+    if not whole:
         raise CheckpointError(
             f"{path} is damaged: its content is not what was saved (its digest differs)."
         )
@@ -284,7 +290,8 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     weights: Any = content
     arguments: dict[str, Any] = {}
     if isinstance(content, Mapping):
-        arguments = dict(content.get("args") or {}) if "model" in content else {}
+        if "model" in content and isinstance(content.get("args"), Mapping):
+            arguments = dict(content["args"])
         for name in ("net", "model", "state_dict"):
             if isinstance(content.get(name), Mapping):
                 weights = content[name]
@@ -292,7 +299,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     if (
         not isinstance(weights, Mapping)
         or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
     ):
         raise ValueError(
             f"{path} holds no weights: expected tensors by name, or such a table under "

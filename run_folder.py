@@ -90,7 +90,8 @@ class Progress:
         if not all(isinstance(line, str) for line in made.lines):
             raise CheckpointError("its progress['lines'] holds something else than text.")
         told = [row["epoch"] for row in made.history]
-        if told != list(range(1, made.epoch + 1)) or not 0 <= made.best_epoch <= made.epoch:
+        right = told == list(range(1, len(told) + 1)) and len(told) == made.epoch
+        if not right or not 0 <= made.best_epoch <= made.epoch:
             raise CheckpointError(
                 f"its progress says epoch {made.epoch}, best epoch {made.best_epoch}, and has rows "
                 f"of {len(told)} epochs: they do not belong together."

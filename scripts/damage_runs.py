@@ -165,6 +165,8 @@ class Damage:
 
     def row(self, what: str) -> dict[str, Any]:
         """Begin a row of the table."""
+        if self.rows:
+            print(list(self.rows[-1].values()), file=sys.stderr, flush=True)
         names = ("refused in a sentence", "went on to the same files", "tracebacks")
         names += ("wrong numbers", "made good afterwards")
         self.rows.append({"damage": what, "cases": 0, **dict.fromkeys(names, 0)})
