@@ -162,14 +162,15 @@ def make_files(words: list[str]) -> None:
 
 
 def tiny(entry):
-    """Return a row of `DATASETS` that downloads nothing: 240 random images."""
+    """Return a row of `DATASETS` that downloads nothing: 240 random images of 16 x 16."""
+    shape = (entry.shape[0], 16, 16)
 
     def build(**needs):
         labels = torch.arange(240) % entry.num_classes
-        part = FeatureArray(torch.rand(240, *entry.shape), labels)
-        return Data("tiny", "classification", part, part, entry.shape, entry.num_classes)
+        part = FeatureArray(torch.rand(240, *shape), labels)
+        return Data("tiny", "classification", part, part, shape, entry.num_classes)
 
-    return dataclasses.replace(entry, build=build)
+    return dataclasses.replace(entry, build=build, shape=shape)
 
 
 @pytest.fixture(scope="module")
