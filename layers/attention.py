@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.neighbor_layer import NeighborLayer, NeighborOptions, with_coordinates
+from layers.record import recording
 from ops.maps.attend import attend_neighbors
 from ops.maps.search import nearest_neighbors
 from options import option
@@ -93,18 +94,22 @@ class _ConvNNAttention(NeighborLayer):
         own = self.self_index(key_shape, x.device)  # (M,)
         q, v = _project(x, self.w_q), _project(x, self.w_v)  # (B, N, C')
         k = _project(x[:, own], self.w_k)  # (B, M, C'): rows are needed for queries alone
-        y = attend_neighbors(
+        indices = self.find_neighbors(k, q, own, key_shape)
+        y, attention = attend_neighbors(
             q,
             k,
             v,
-            self.find_neighbors(k, q, own, key_shape),
+            indices,
             self.conv1d_layer.weight[:, 0],
             self.conv1d_layer.bias,
             metric=self.magnitude_type,
             self_score=SELF_SCORES[self.magnitude_type],
             dropout_p=self.attention_dropout,
             training=self.training,
-        )  # (B, M, C')
+            with_attention=True,
+        )  # (B, M, C'), (B, M, K)
+        if recording():
+            self.note_neighbors(indices, key_shape, weights=attention, taken="k·q")
         y = _project(_project(y, self.pointwise_conv), self.w_o)  # (B, M, C') -> (B, M, O)
         return self.unflatten(y, key_shape)  # (B, M, O) -> (B, O, H/s, W/s)
 

@@ -5,6 +5,7 @@ channels, r shuffle scale, s stride.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from layers.coordinates import AggregationOptions, coordinate_channels
 from layers.pixel_shuffle import ShuffleOptions, pixel_shuffle, pixel_unshuffle
+from layers.record import Neighbors, grid_places, note
 from layers.sampling import (
     SamplingOptions,
     count_candidates,
@@ -21,6 +23,7 @@ from layers.sampling import (
     random_index,
     spatial_index,
 )
+from ops.maps.locations import location_neighbors
 from options import Options, check_at_least, option
 
 __all__ = ["NeighborLayer", "NeighborOptions", "with_coordinates"]
@@ -140,6 +143,48 @@ class NeighborLayer(nn.Module):
         y = y.transpose(1, 2).unflatten(2, sides)
         return pixel_shuffle(y, self.scale_out) if self.scale_out > 1 else y
 
+    def note_neighbors(
+        self,
+        indices: Tensor,
+        key_shape: tuple[int, ...],
+        *,
+        weights: Tensor | None = None,
+        taken: str = "Col",
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Tell `layers.record` what was chosen.
+
+        Args:
+            indices: (B, M, K) or (M, K) positions of the padded map.
+            key_shape: Its sides.
+            weights: (B, M, K), if the neighbors have any.
+            taken: The similarity that chose.
+            beside: What other similarities take, like `indices`; the K nearest positions ("Loc"),
+                which are the taps of a convolution, are added.
+        """
+        r, p = self.scale_in, self.padding
+        places = grid_places(
+            key_shape, [(r - 1) / 2 - p * r] * self.ndim, r, indices.device
+        )  # a position of the unshuffled map is r wide
+        others = dict(beside or {})
+        if taken != "Loc":
+            others["Loc"] = location_neighbors(
+                key_shape, self.K, "euclidean", padding=p, stride=self.stride, device=indices.device
+            )
+        note(
+            Neighbors(
+                self,
+                tuple((side - 2 * p) * r for side in key_shape),
+                places[self.self_index(key_shape, indices.device)],
+                places,
+                _with_batch(indices)[:, None],
+                None if weights is None else weights[:, None],
+                extent=r,
+                taken=taken,
+                beside={name: _with_batch(other) for name, other in others.items()},
+            )
+        )
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # Some published weights were trained without biases: that is a bias of zero.
         for name, parameter in self.named_parameters():
@@ -153,6 +198,11 @@ class NeighborLayer(nn.Module):
             f"{self.in_channels}, {self.out_channels}, stride={self.stride}, "
             f"{self.options.describe()}"
         )
+
+
+def _with_batch(indices: Tensor) -> Tensor:
+    """Return (B, M, K), B = 1 where all samples agree."""
+    return indices if indices.dim() == 3 else indices[None]
 
 
 def with_coordinates(keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:
