@@ -4,6 +4,7 @@ Reference: Kang & Farias, Attention via Convolutional Nearest Neighbors,
 https://arxiv.org/abs/2511.14137. Symbols as in `layers.convnn`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class _ConvNNAttention(NeighborLayer):
         in_channels: int,
         out_channels: int,
         K: int = 9,
-        stride: int = 1,
+        stride: int | Sequence[int] = 1,
         padding: int = 1,
         sampling_type: str = "all",
         num_samples: int = -1,
@@ -147,7 +148,7 @@ class Conv2d_NN_Attn(_ConvNNAttention):
         in_channels: C.
         out_channels: O.
         K: neighbors of a position, itself included.
-        stride: s, outputs are made for every s-th row and column.
+        stride: s, outputs are made for every s-th row and column; a pair: for each axis.
         padding: width of the border of zeros, whose positions are candidates too.
         sampling_type: "all", "random" or "spatial" candidates, see `Conv2d_NN`.
         num_samples: -1 with "all"; else the number of candidates or the side of the grid.

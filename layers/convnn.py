@@ -5,6 +5,7 @@ https://arxiv.org/abs/2511.14137. Symbols: B batch, C channels, C' channels aggr
 of the padded map (keys), M queries, K neighbors, O output channels, r shuffle scale, s stride.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class _ConvNN(NeighborLayer):
         in_channels: int,
         out_channels: int,
         K: int = 9,
-        stride: int = 1,
+        stride: int | Sequence[int] = 1,
         padding: int = 1,
         sampling_type: str = "all",
         num_samples: int = -1,
@@ -166,7 +167,7 @@ class Conv2d_NN(_ConvNN):
         in_channels: C.
         out_channels: O.
         K: neighbors of a position, itself included.
-        stride: s, outputs are made for every s-th row and column.
+        stride: s, outputs are made for every s-th row and column; a pair: for each axis.
         padding: width of the border of zeros.
         sampling_type: candidates are "all" positions of the padded map, `num_samples` "random"
             ones (drawn anew at each forward in training, always the same in evaluation), or a

@@ -144,6 +144,11 @@ class N3Aggregation2d(nn.Module):
         temp_pool: str = "average",
     ) -> None:
         super().__init__()
+        for name, side in {"patch_size": patch_size, "stride": stride, "window": window}.items():
+            if not isinstance(side, int):
+                raise ValueError(
+                    f"{name} takes one whole number (got {side!r}): patches and windows are square."
+                )
         if patch_size < 1 or not 1 <= stride <= patch_size:
             raise ValueError(
                 f"stride must be between 1 and patch_size, got stride {stride} and patch_size "

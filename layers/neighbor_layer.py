@@ -5,7 +5,7 @@ channels, r shuffle scale, s stride.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,11 @@ from layers.coordinates import AggregationOptions, coordinate_channels
 from layers.pixel_shuffle import ShuffleOptions, pixel_shuffle, pixel_unshuffle
 from layers.record import Neighbors, grid_places, note
 from layers.sampling import (
+    STEP,
     SamplingOptions,
     count_candidates,
     count_queries,
+    per_axis,
     query_index,
     random_index,
     spatial_index,
@@ -65,13 +67,18 @@ class NeighborLayer(nn.Module):
     Options = NeighborOptions
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, options: NeighborOptions
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | Sequence[int],
+        options: NeighborOptions,
     ) -> None:
         super().__init__()
         check_at_least("in_channels", in_channels, 1, "number of input channels")
         check_at_least("out_channels", out_channels, 1, "number of output channels")
-        check_at_least("stride", stride, 1, "step between output positions")
-        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+        steps = per_axis("stride", stride, self.ndim, STEP)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.stride = steps if len(set(steps)) > 1 else steps[0]
         self.options = options
         for each in options.declared():  # K, padding, …
             setattr(self, each.name, getattr(options, each.name))
