@@ -54,14 +54,14 @@ def statistics(data: Data) -> tuple[Tensor, Tensor]:
     return (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def take_sample(run: OpenRun, number: int) -> Shown:
-    """Take a test sample."""
+def take_sample(run: OpenRun, number: int, side: int, as_is: bool) -> Shown:
+    """Take a test sample; pictures to restore are reduced, as those of files are."""
     data = run.load_data()
     if not 0 <= number < len(data.test):
         raise ValueError(
             f"--sample {number}: there are {len(data.test)} test samples, counted from 0."
         )
-    inputs = data.test[number][0]
+    inputs, targets = data.test[number]
     if run.task.name == "classification":
         mean, std = statistics(data)
         return Shown(inputs * std + mean, inputs)
@@ -69,20 +69,26 @@ def take_sample(run: OpenRun, number: int) -> Shown:
         raise ValueError(
             f"--sample: the samples of --dataset {run.values['dataset']} are no pictures."
         )
-    return Shown(run.task.visible(inputs[None])[0], inputs)
+    if run.values["dataset"] == "pairs":  # noise that a camera made
+        return prepare(run, run.task.visible(inputs[None])[0], side, True)
+    clean = targets if isinstance(targets, Tensor) else targets[0]
+    return prepare(run, clean[: run.task.channels], side, as_is)
 
 
 def read_picture(run: OpenRun, path: str, side: int, as_is: bool) -> Shown:
-    """Read a picture, reduce it, and make of it what the network takes."""
-    restores = hasattr(run.task, "degrade")
-    channels = run.task.channels if restores else run.shape[0]
-    picture = read_image(path, color=channels == 3)[0].float() / 255
+    """Read a picture in as many channels as the network takes."""
+    channels = run.task.channels if hasattr(run.task, "degrade") else run.shape[0]
+    return prepare(run, read_image(path, color=channels == 3)[0].float() / 255, side, as_is)
+
+
+def prepare(run: OpenRun, picture: Tensor, side: int, as_is: bool) -> Shown:
+    """Reduce a picture (C, H, W), and make of it what the network takes."""
     height, width = picture.shape[1:]
     factor = min(1.0, side / max(height, width))
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     size = getattr(run.model, "image_size", size)  # a ViT takes no other
     picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-    if not restores:
+    if not hasattr(run.task, "degrade"):
         mean, std = statistics(run.load_data())
         return Shown(picture, (picture - mean) / std)
     if as_is and run.task.extra_channels:
@@ -157,6 +163,20 @@ def panels_of(record: Neighbors, most: int) -> list[tuple[str, str | int]]:
     return panels
 
 
+def share_shown(seen: Sequence[Seen], what: str | int, most: int) -> str:
+    """Say which part of the weights the drawn neighbors have, if it is not all."""
+    if isinstance(what, str) or seen[0].weights is None:
+        return ""
+    shares = [float(one.weights[what][:most].sum() / one.weights[what].sum()) for one in seen]
+    least, largest = min(shares), max(shares)
+    if least > 0.999:
+        return ""
+    span = (
+        f"{least:.0%}" if round(least, 2) == round(largest, 2) else f"{least:.0%} to {largest:.0%}"
+    )
+    return f" (drawn: {span} of the weight)"
+
+
 def draw_square(axes, center: Tensor, extent: Tensor, **style) -> None:
     """Draw the rectangle that a position covers."""
     from matplotlib.patches import Rectangle
@@ -226,7 +246,7 @@ def draw(
             axes.axis("off")
         for axes, (title, what) in zip(line, panels, strict=False):
             draw_panel(axes, picture, seen, what, most_neighbors)
-            axes.set_title(title, fontsize=9)
+            axes.set_title(title + share_shown(seen, what, most_neighbors), fontsize=9)
         if names:
             line[0].set_ylabel(record.name, fontsize=8)
     with atomic_path(path) as temporary:
@@ -285,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--side", type=int, default=96, help="longer side a picture is reduced to (default 96)"
     )
-    parser.add_argument("--as_is", action="store_true", help="add no noise to --image")
+    parser.add_argument("--as_is", action="store_true", help="add no noise to a picture")
     parser.add_argument(
         "--groups", type=int, default=4, help="heads or volumes to show at most (default 4)"
     )
@@ -307,7 +327,7 @@ def show(args: argparse.Namespace) -> Path:
     if args.image is not None:
         shown = read_picture(run, args.image, args.side, args.as_is)
     else:
-        shown = take_sample(run, args.sample or 0)
+        shown = take_sample(run, args.sample or 0, args.side, args.as_is)
     shape = tuple(shown.picture.shape[1:])
     positions = args.positions or striking_positions(shown.picture)
     for row, col in positions:
