@@ -84,7 +84,8 @@ def read_picture(run: OpenRun, path: str, side: int, as_is: bool) -> Shown:
 def prepare(run: OpenRun, picture: Tensor, side: int, as_is: bool) -> Shown:
     """Reduce a picture (C, H, W), and make of it what the network takes."""
     height, width = picture.shape[1:]
-    factor = min(1.0, side / max(height, width))
+    smallest = run.choice.model_type.min_input_size
+    factor = max(min(1.0, side / max(height, width)), smallest / min(height, width))
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     size = getattr(run.model, "image_size", size)  # a ViT takes no other
     picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
@@ -181,15 +182,16 @@ def draw_square(axes, center: Tensor, extent: Tensor, **style) -> None:
     """Draw the rectangle that a position covers."""
     from matplotlib.patches import Rectangle
 
-    low = center - extent / 2
-    axes.add_patch(Rectangle((low[1], low[0]), extent[1], extent[0], **style))
+    top, left = (center - extent / 2).tolist()
+    height, width = extent.tolist()
+    axes.add_patch(Rectangle((left, top), width, height, **style))
 
 
 def draw_panel(axes, picture: Tensor, seen: Sequence[Seen], what: str | int, most: int) -> None:
     """Draw the picture, and what every position takes."""
     color = picture.shape[0] == 3
     image = picture.permute(1, 2, 0) if color else picture[0]
-    axes.imshow(image.clamp(0, 1), cmap=None if color else "gray", vmin=0, vmax=1)
+    axes.imshow(image.clamp(0, 1).numpy(), cmap=None if color else "gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
     low, high = torch.full((2,), -0.5), torch.tensor(picture.shape[1:]) - 0.5
@@ -201,9 +203,10 @@ def draw_panel(axes, picture: Tensor, seen: Sequence[Seen], what: str | int, mos
         for center, share in zip(drawn, strength.tolist(), strict=True):
             if share < 0.02 or center.isnan().any():
                 continue
+            (row, col), (to_row, to_col) = one.query.tolist(), center.tolist()
             axes.plot(
-                [one.query[1], center[1]],
-                [one.query[0], center[0]],
+                [col, to_col],
+                [row, to_row],
                 color=tint,
                 linewidth=0.8,
                 alpha=0.2 + 0.6 * share,
@@ -213,8 +216,8 @@ def draw_panel(axes, picture: Tensor, seen: Sequence[Seen], what: str | int, mos
             low = torch.minimum(low, center - one.extent / 2)
             high = torch.maximum(high, center + one.extent / 2)
         draw_square(axes, one.query, one.extent, facecolor=tint, edgecolor="black", linewidth=1)
-    axes.set_xlim(low[1], high[1])
-    axes.set_ylim(high[0], low[0])
+    axes.set_xlim(float(low[1]), float(high[1]))
+    axes.set_ylim(float(high[0]), float(low[0]))
     axes.set_facecolor("#555555")  # the border of zeros, where somebody looks there
 
 

@@ -63,6 +63,14 @@ SMALL = {
 SMALL["vit"] += ["--num_heads", "2", "--d_mlp", "8", "--layer", "KvtAttention"]
 
 
+LAYERS = {
+    "vgg11": "features.0",
+    "resnet18": "layer3.0.conv1",
+    "densenet121": "features.0.layer.branch1",
+    "vit": "transformer_encoder.0.attention",
+}
+
+
 @pytest.mark.parametrize("model", SMALL)
 def test_classifiers(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
@@ -70,9 +78,10 @@ def test_classifiers(tmp_path, monkeypatch, model):
     small = ["--limit_train", "20", "--limit_test", "4", "--num_epochs", "1", "--batch_size", "10"]
     main([*flags, *small, *SMALL[model], "--output_dir", "a"])
     Image.fromarray((torch.rand(30, 40, 3) * 255).byte().numpy()).save("x.png")
-    layers = [record["layer"] for record in rows_of_run("a", "--image", "x.png", "--side", "24")]
-    assert layers
-    assert rows_of_run("a", "--sample", "1", "--groups", "2")
+    some = ["--layers", LAYERS[model]]
+    rows = rows_of_run("a", "--image", "x.png", "--side", "24", *some)
+    assert {row["layer"] for row in rows} == {LAYERS[model]}
+    assert rows_of_run("a", "--sample", "1", "--groups", "2", *some)
 
 
 def rows_of_run(*words):
