@@ -34,8 +34,8 @@ def test_branching_trains_in_resnet18():
     network = convert(
         torchvision.models.resnet18(num_classes=4), layer="Branching", K=9
     ).module.train()
-    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(3):  # two steps
         loss = nn.functional.cross_entropy(network(x), y)
