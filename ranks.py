@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 __all__ = [
     "RankError",
     "Shares",
     "SyncedBatchNorm",
+    "Totals",
     "agree",
     "broadcast_module",
     "broadcast_object",
@@ -280,15 +282,8 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient
 
 
-_sum_over_ranks = _SumOverRanks.apply
-
-
-class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation by the statistics of all processes' samples, on any device.
-
-    PyTorch's SyncBatchNorm runs on CUDA alone. Mean and variance are taken one after the other, by
-    two sums over the processes, whose gradients flow back the same way. Names and values in the
-    state dict are those of the batch normalisation that it replaces.
+class Totals:
+    """Sums over the samples of all processes that count.
 
     Attributes:
         weighs: Whether this process's samples count; a process without a part of a batch runs a
@@ -296,6 +291,79 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     weighs: bool = True
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over the processes, with gradients."""
+        return _SumOverRanks.apply(x if self.weighs else x * 0.0)
+
+    def pool(self, number: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pool number, mean and (biased) variance of the processes' values; any shapes, with grads.
+
+        Reference: T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for
+        computing sample variances", 1979.
+        """
+        kind, wide = mean.dtype, torch.float64
+        number, mean, variance = number.to(wide), mean.to(wide), variance.to(wide)
+        total = self.sum(number.detach())
+        middle = self.sum(number * mean) / total
+        spread = self.sum(number * (variance + (mean - middle).square())) / total
+        return total.to(kind), middle.to(kind), spread.to(kind)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / deviation · weight + bias by channel; returns mean, variance and number too.
+
+    Sums are taken in float64, as PyTorch's kernel for one process does: they come out the same
+    wherever the samples lie.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, totals: Totals):
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        local = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
+        sums = totals.sum(torch.cat((x.double().sum(dims), local)))
+        number = sums[-1]
+        mean = sums[:-1] / number
+        centered = x - mean.to(x.dtype).view(shape)
+        variance = totals.sum(centered.double().square().sum(dims)) / number
+        inverse = (1 / (variance + eps).sqrt()).to(x.dtype)
+        gain = inverse * weight
+        shift = bias - mean.to(x.dtype) * gain
+        ctx.save_for_backward(x, weight, mean, inverse, number)
+        ctx.totals, ctx.dims, ctx.shape = totals, dims, shape
+        ctx.mark_non_differentiable(mean, variance, number)
+        return torch.addcmul(shift.view(shape), x, gain.view(shape)), mean, variance, number
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: Tensor):
+        x, weight, mean, inverse, number = ctx.saved_tensors
+        dims, shape, totals = ctx.dims, ctx.shape, ctx.totals
+        centered = x - mean.to(x.dtype).view(shape)
+        local = torch.stack((grad.double().sum(dims), (grad * centered).double().sum(dims)))
+        of_bias, of_centered = totals.sum(local)
+        of_gain = local[1] * inverse
+        slope = (of_centered * inverse.double().square() / number).to(x.dtype)
+        level = (of_bias / number).to(x.dtype)
+        of_x = (grad - level.view(shape)).sub_(centered.mul_(slope.view(shape)))
+        of_x.mul_((inverse * weight).view(shape))
+        if not totals.weighs:
+            of_x.zero_()  # what does not count changes nothing
+        return of_x, of_gain.to(weight.dtype), local[0].to(weight.dtype), None, None
+
+
+class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation by the statistics of all processes' samples, on any device.
+
+    PyTorch's SyncBatchNorm runs on CUDA alone. Names and values in the state dict are those of the
+    batch normalisation that it replaces.
+
+    Attributes:
+        totals: What it sums with; shared by all norms of a network.
+    """
+
+    totals: Totals
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -306,50 +374,46 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if not self.training or not dist.is_initialized():
             return super().forward(x)
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        weight = 1.0 if self.weighs else 0.0
-        wide = x.float()
-        local = wide.new_full((1,), weight * x.numel() / x.shape[1])
-        total = _sum_over_ranks(torch.cat((wide.sum(dims) * weight, local)))
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        centered = wide - mean.view(shape)
-        variance = _sum_over_ranks(centered.square().sum(dims) * weight) / count
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight = wide.new_ones(x.shape[1]) if self.weight is None else self.weight
+        bias = wide.new_zeros(x.shape[1]) if self.bias is None else self.bias
+        y, mean, variance, number = _Normalise.apply(wide, weight, bias, self.eps, self.totals)
         if self.track_running_stats and self.running_mean is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                momentum = self.momentum
-                if momentum is None:
-                    momentum = 1 / float(self.num_batches_tracked)
-                unbiased = variance * (count / (count - 1).clamp_min(1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        y = centered * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
+            self._track(mean, variance * (number / (number - 1).clamp_min(1)))
         return y.to(x.dtype)
 
+    @torch.no_grad()
+    def _track(self, mean: Tensor, unbiased: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / float(self.num_batches_tracked)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
 
-def synchronise_norms(module: nn.Module) -> int:
-    """Replace batch normalisation by :class:`SyncedBatchNorm`, in place; return how many."""
-    found = 0
+
+def synchronise_norms(module: nn.Module) -> Totals:
+    """Replace batch normalisation by :class:`SyncedBatchNorm`, in place; return what they share.
+
+    A layer that takes statistics of a batch itself says so by an attribute `pool_statistics`, which becomes
+    :meth:`Totals.pool`.
+    """
+    totals = Totals()
     for parent in list(module.modules()):
+        if hasattr(parent, "pool_statistics"):
+            parent.pool_statistics = totals.pool
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(
-                child, SyncedBatchNorm
-            ):
-                synced = SyncedBatchNorm(
-                    child.num_features,
-                    child.eps,
-                    child.momentum,
-                    child.affine,
-                    child.track_running_stats,
-                )
-                synced.weight, synced.bias = child.weight, child.bias
-                for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                    setattr(synced, buffer, getattr(child, buffer))
-                synced.train(child.training)
-                setattr(parent, name, synced)
-                found += 1
-    return found
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, _synced(child, totals))
+    return totals
+
+
+def _synced(norm: nn.modules.batchnorm._BatchNorm, totals: Totals) -> SyncedBatchNorm:
+    synced = SyncedBatchNorm(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    synced.weight, synced.bias = norm.weight, norm.bias
+    for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(synced, buffer, getattr(norm, buffer))
+    synced.totals = totals
+    return synced.train(norm.training)
