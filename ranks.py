@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 __all__ = [
+    "Crew",
     "RankError",
     "Shares",
     "SyncedBatchNorm",
@@ -31,10 +32,16 @@ __all__ = [
     "every_nth_batch",
     "gather",
     "in_agreement",
+    "in_parts",
     "initialised",
+    "is_part",
+    "own_part",
+    "part_like",
     "rank",
+    "shard_parameters",
     "share_batches",
     "synchronise_norms",
+    "whole",
     "world_size",
 ]
 
@@ -263,6 +270,86 @@ def every_nth_batch(loader: DataLoader) -> DataLoader:
 
 
 # ---------------------------------------------------------------------------------------------
+# Rows
+
+
+class Crew:
+    """Chunks of rows, each worked on by one process and known to all of them afterwards."""
+
+    def mine(self, chunks: list[slice]) -> list[slice]:
+        """Return the chunks that are this process's: every Nth."""
+        return chunks[rank() :: world_size()]
+
+    def complete(self, rows: Tensor, chunks: list[slice]) -> None:
+        """Fill in, in place, the rows that other processes have worked on."""
+        for number, chunk in enumerate(chunks):
+            part = rows[chunk].contiguous()
+            dist.broadcast(part, src=number % world_size())
+            rows[chunk] = part
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters in parts
+
+_SMALLEST_PART = 1024  # parameters of a module that is gathered by itself
+
+
+def shard_parameters(model: nn.Module) -> None:
+    """Let every process hold a part of each parameter, of its gradient and optimizer states.
+
+    A block of layers is gathered while it runs. This is PyTorch's `fully_shard`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # a second to import
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    blocks = [
+        child
+        for parent in model.modules()
+        if isinstance(parent, nn.ModuleList | nn.Sequential)
+        for child in parent
+        if not isinstance(child, nn.ModuleList | nn.ModuleDict)
+        and sum(p.numel() for p in child.parameters()) >= _SMALLEST_PART
+    ]
+    for block in reversed(list(dict.fromkeys(blocks))):  # inner ones first
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Say whether processes hold parts of the parameters: all of them must run it together."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def is_part(value: Tensor) -> bool:
+    """Say whether processes hold parts of a tensor."""
+    return hasattr(value, "to_local")
+
+
+def own_part(value: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    return value.to_local() if is_part(value) else value
+
+
+def whole(state: Any) -> Any:
+    """Return a state (tensors in dictionaries and lists) with whole tensors; all must ask."""
+    if isinstance(state, Tensor) and is_part(state):
+        return state.full_tensor().cpu()
+    if isinstance(state, Mapping):
+        return {name: whole(value) for name, value in state.items()}
+    return [whole(value) for value in state] if isinstance(state, list) else state
+
+
+def part_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor if `like` is in parts, else the tensor."""
+    if not is_part(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+# ---------------------------------------------------------------------------------------------
 # Batch normalisation over all processes
 
 
@@ -395,8 +482,8 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 def synchronise_norms(module: nn.Module) -> Totals:
     """Replace batch normalisation by :class:`SyncedBatchNorm`, in place; return what they share.
 
-    A layer that takes statistics of a batch itself says so by an attribute `pool_statistics`, which becomes
-    :meth:`Totals.pool`.
+    A layer that takes statistics of a batch itself says so by an attribute `pool_statistics`, which
+    becomes :meth:`Totals.pool`.
     """
     totals = Totals()
     for parent in list(module.modules()):

@@ -38,8 +38,8 @@ class NeuralNearestNeighbors(nn.Module):
         saturation: See `relaxed_selection`.
 
     Attributes:
-        pool_statistics: Turns number, mean and variance of this process's distances into those of all; None
-            where there is one process.
+        pool_statistics: Turns number, mean and variance of this process's distances into those of
+            all processes; None where there is one.
 
     Shape:
         distances (…, O), log temperature (…) -> weights (…, K, O).

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import ranks
+from checkpoints import load_weights
 from options import Options, option
 from run_folder import Measured, Pass, Progress, RunFolder
 
@@ -235,6 +237,20 @@ class Trainer:
     def unsaved(self) -> str | None:
         """Why there can be no checkpoint, if there can be none."""
         return None
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the model's state."""
+        return self.model.state_dict()
+
+    def load_model(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take back the model's state; a mismatch is a ValueError."""
+        load_weights(self.model, checkpoint)
+
+    def load_best(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Take, in all processes, the weights that the first one has read."""
+        if checkpoint is not None:
+            self.load_model(checkpoint)
+        ranks.broadcast_module(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model that a resumed run needs."""
