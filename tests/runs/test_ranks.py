@@ -80,6 +80,7 @@ def die_at(number):
         nonlocal count
         count += 1
         if count == number and os.environ["RANK"] == "1":
+            Path("died").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
 
@@ -98,6 +99,8 @@ def work(commands):
     for name, *words in commands:
         if name == "losses":
             keep("losses", {net: losses(net) for net in NETS})
+        elif name == "done":
+            keep("done", True)
         elif name == "sets":
             torch.save({"centers": centers(), "neighbors": neighbors()}, f"sets{ranks.rank()}.pt")
         elif name == "die":
@@ -233,7 +236,7 @@ def neighbors():
 # ---------------------------------------------------------------------------------------------
 
 
-def start(processes, folder, *commands, runner=None):
+def start(processes, folder, *commands):
     """Start processes as torchrun does; return their exit codes and what they said."""
     script = folder / "start.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
@@ -242,20 +245,18 @@ def start(processes, folder, *commands, runner=None):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    options = {"cwd": folder, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    if runner:
-        command = [sys.executable, *runner, "--master_port", port, *words]
-        started = [subprocess.Popen(command, env=common, **options)]
-    else:
-        started = [
-            subprocess.Popen(
-                [sys.executable, *words],
-                env={**common, **place, "RANK": str(number), "LOCAL_RANK": str(number)},
-                **options,
-            )
-            for number in range(processes)
-        ]
+    common = {**os.environ, **place, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *words],
+            cwd=folder,
+            env={**common, "RANK": str(number), "LOCAL_RANK": str(number)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
     said = [process.communicate(timeout=200)[1] for process in started]
     return [process.returncode for process in started], "".join(said)
 
@@ -333,14 +334,27 @@ def alone(tmp_path_factory):
     return {"folder": folder, "plain": plain, "losses": net, "sets": sets}
 
 
+LAST = {
+    2: [  # goes on from parts of parameters; errors, of which the last ends the processes
+        ["--resume", "--output_dir", "parts", "--num_epochs", 2, "--device", "cpu"],
+        ["refused", *FLAGS, "--val_split", "0.001", "--output_dir", "no"],
+        ["refused", *FLAGS, "--fsdp", "--use_amp", "--output_dir", "no"],
+        ["refused", *FLAGS, "--accum_steps", "2", "--output_dir", "no"],
+        ["refused", *GROW, "--fsdp", "--output_dir", "no"],
+        [*FLAGS, "--lr", "1e39", "--batch_size", 201, "--output_dir", "ruined"],
+    ],
+    3: [  # the second process is killed
+        ["die", 30],
+        [*FLAGS, "--num_epochs", 2, "--output_dir", "killed", "--save_every", 5],
+    ],
+}
+
+
 @pytest.fixture(scope="module", params=[2, 3])
 def several(request, alone, tmp_path_factory):
-    """The folder in which several processes have done the same."""
+    """The folder in which several processes have done the same, and then failed."""
     folder = tmp_path_factory.mktemp(f"several{request.param}")
     one = alone["folder"] / "one"
-    fsdp = [[*FLAGS, "--fsdp", "--num_epochs", 1, "--output_dir", "parts"]]
-    if request.param == 2:
-        fsdp.append(["--resume", "--output_dir", "parts", "--num_epochs", 2, "--device", "cpu"])
     codes, said = start(
         request.param,
         folder,
@@ -348,11 +362,14 @@ def several(request, alone, tmp_path_factory):
         ["--resume", "--output_dir", "several", "--num_epochs", 2, "--device", "cpu"],
         ["--test_only", "--checkpoint", one / "last.pt", "--output_dir", "t", "--device", "cpu"],
         [*GROW, "--output_dir", "growth"],
-        *fsdp,
         ["losses"],
         ["sets"],
+        [*FLAGS, "--fsdp", "--num_epochs", 1, "--output_dir", "parts"],
+        ["done"],
+        *LAST[request.param],
     )
-    assert codes == [0] * request.param, said[-3000:]
+    assert (folder / "done.json").exists(), said[-3000:]
+    (folder / "said").write_text(f"{codes} {time.time()}\n{said}")
     return folder
 
 
@@ -417,37 +434,29 @@ def test_one_process_goes_on_where_several_were(alone, several, monkeypatch, tmp
     )
 
 
-def test_an_error_ends_all_with_one_message(plain):
-    codes, said = start(
-        2,
-        plain,
-        ["refused", *FLAGS, "--val_split", "0.001", "--output_dir", "no"],
-        ["refused", *FLAGS, "--fsdp", "--use_amp", "--output_dir", "no"],
-        ["refused", *FLAGS, "--accum_steps", "2", "--output_dir", "no"],
-        ["refused", *GROW, "--fsdp", "--output_dir", "no"],
-        [*FLAGS, "--lr", "1e39", "--batch_size", 201, "--output_dir", "run"],
-    )
-    assert all(codes)
+@pytest.mark.parametrize("several", [2], indirect=True)
+def test_an_error_ends_all_with_one_message(several):
+    said = (several / "said").read_text()
+    assert said.startswith("[1, 1] ")
     assert said.count("the weights are ruined") == 1
     assert said.count("validation samples of 201") == 1
     assert said.count("--fsdp with --use_amp: ") == 1
     assert said.count("--sync_bn and --accum_steps 2 with 2 processes: ") == 1
     assert said.count("and --model dynamic has none") == 1
-    assert not Path("no").exists()
+    assert not (several / "no").exists()
 
 
-def test_a_killed_process_ends_the_others_and_the_folder_resumes(plain):
-    whole = main([*FLAGS, "--num_epochs", "2", "--output_dir", "one"])
-    begun = time.monotonic()
-    words = [*FLAGS, "--num_epochs", 2, "--output_dir", "run", "--save_every", 5]
-    runner = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    codes, said = start(2, plain, ["die", 30], words, runner=runner)
-    assert all(codes)
-    assert time.monotonic() - begun < 60
-    assert "cannot go on without the others" in said or "Interrupted" in said
-    resumed = main(["--resume", "--output_dir", "run", "--device", "cpu"])
-    expected = whole["history"][-1]["train_loss"]
-    assert resumed["history"][-1]["train_loss"] == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize("several", [3], indirect=True)
+def test_a_killed_process_ends_the_others_and_the_folder_resumes(alone, several, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "plain", PlainNet)
+    first, *said = (several / "said").read_text().splitlines()
+    assert first.startswith("[1, -9, 1] ")
+    died = float((several / "died").read_text())
+    assert float(first.split()[-1]) - died < 60
+    assert "cannot go on without the others" in "".join(said)
+    resumed = main(["--resume", "--output_dir", str(several / "killed"), "--device", "cpu"])
+    expected = alone["plain"]["history"][1]["train_loss"]
+    assert resumed["history"][1]["train_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_process_has_nothing_to_share_out(plain, refused):
