@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
 
 from checkpoints import load_checkpoint, load_weights
-from dataset import Data, DataError, DataOptions, image_side
+from dataset import Data, DataError, DataOptions, full_dataset, image_side
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
@@ -391,8 +390,8 @@ def check_last_batch(
     Raises:
         ValueError: Names the layer, and the nearest batch size that works.
     """
-    base = data.train.dataset if isinstance(data.train, Subset) else data.train
-    count, largest = len(data.train), getattr(base, "max_batch_size", len(data.train))
+    count = len(data.train)
+    largest = getattr(full_dataset(data.train), "max_batch_size", count)
     size = min(values["batch_size"], largest)
     processes = 1 if values["sync_bn"] else world_size()
 
