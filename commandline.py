@@ -509,11 +509,6 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
             f"--resume: --model {choice.model} stores the training set in one go, there is nothing "
             "to go on with. --test_only evaluates the run; --overwrite does it anew."
         )
-    if world_size() > 1 and not trainer.shares:
-        raise ValueError(
-            f"torchrun started {world_size()} processes, and --model {choice.model} learns in one: "
-            "each of them would do the whole run. Start it by python main.py."
-        )
     check_fsdp(given, choice)
     if trainer.features is not None:
         spec = values[trainer.features]

@@ -21,7 +21,6 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 __all__ = [
     "Crew",
-    "RankError",
     "Shares",
     "SyncedBatchNorm",
     "Totals",
@@ -35,6 +34,8 @@ __all__ = [
     "in_parts",
     "initialised",
     "is_part",
+    "leave_together",
+    "left_alone",
     "own_part",
     "part_like",
     "rank",
@@ -44,10 +45,6 @@ __all__ = [
     "whole",
     "world_size",
 ]
-
-
-class RankError(RuntimeError):
-    """Another process of the run has ended."""
 
 
 def world_size() -> int:
@@ -93,6 +90,12 @@ def distributed(device: str) -> Iterator[bool]:
     finally:
         if joins and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def left_alone(error: RuntimeError) -> bool:
+    """Say whether an error means that another process has ended, or does not answer."""
+    signs = ("gloo", "NCCL", "Connection", "peer", "Timed out", "timed out")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def leave_together() -> None:

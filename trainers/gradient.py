@@ -207,7 +207,6 @@ class GradientTrainer(Trainer):
     has_loss = True
     normalize = True
     rehearses = True
-    shares = True
     splits = True
     advice = (
         "Try a smaller --lr, or --clip_grad_norm 1.0; without --use_amp numbers have more range."

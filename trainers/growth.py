@@ -61,7 +61,6 @@ class GrowthTrainer(Trainer):
     """
 
     name = "growth"
-    shares = True
     Options = GrowthOptions
     features = "dynamic_features"
 

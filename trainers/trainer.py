@@ -61,8 +61,8 @@ class Trainer:
         resumes: Whether an interrupted run can be gone on with.
         tests_itself: Whether :meth:`measure` measures on the test set, whatever else there is.
         draws_curves: Whether learning curves are drawn.
-        shares: Whether several processes can share the work.
-        splits: Whether they do so by parts of every training batch (`ranks.Shares`).
+        splits: Whether several processes share the work by parts of every training batch
+            (`ranks.Shares`).
         advice: What to try when numbers are not finite.
         debug_nan: Whether :meth:`finite` is asked after every step.
         rehearses: Whether the model maps a batch to outputs before it has learnt anything.
@@ -76,7 +76,6 @@ class Trainer:
     resumes: ClassVar[bool] = True
     tests_itself: ClassVar[bool] = False
     draws_curves: ClassVar[bool] = True
-    shares: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     advice: ClassVar[str] = "Look for numbers in the data that are not finite."
     rehearses: ClassVar[bool] = False
