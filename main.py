@@ -125,13 +125,16 @@ def run_command(
             parser.error(flagged(error, all_options()))
     seed_everything(values["seed"])
     keeps = not (values["dry_run"] or values["test_only"] or values["check_data"])
-    folder = RunFolder(values["output_dir"], writes=leader)
+    folder = RunFolder(values["output_dir"], writes=leader, saves=values["save"])
     if values["test_only"] and not values.get("input") and leader:
         with contextlib.suppress(WriteError):
             folder.file(folder.TEST)
         folder.writes = folder.writable()
     command = shlex.join(["python", "main.py", *words])
     with contextlib.ExitStack() as stack:
+        if values["threads"] is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(values["threads"])
         if keeps:
             with in_agreement():
                 hold(parser, values, checkpoint, folder, stack)
@@ -315,7 +318,9 @@ def run_choice(
             parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
-    trainer_type.prepare(model, values)
+    judged = model if trainer is None else trainer.evaluated
+    for network in dict.fromkeys((model, judged)):
+        trainer_type.prepare(network, values)
 
     loader = partial(
         build_loader,
@@ -325,7 +330,7 @@ def run_choice(
         pin_memory=device.type == "cuda",
     )
     amp = trainer_type.Options.keywords(values).get("use_amp", False)
-    evaluation = Evaluation(model, task, device, loader, amp=amp, with_loss=trainer_type.has_loss)
+    evaluation = Evaluation(judged, task, device, loader, amp=amp, with_loss=trainer_type.has_loss)
     arguments, same = settled_arguments(values, checkpoint, folder)
     run = Run(
         folder,
@@ -368,11 +373,15 @@ def print_closing(folder: RunFolder) -> None:
     if not folder.writes:
         return
     where = shlex.quote(str(folder.path))
-    print(
-        f"All of it is in {folder.path}.\n"
-        f"Test it:    python main.py --test_only --output_dir {where}\n"
-        f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS"
-    )
+    sizes = folder.sizes()
+    size = f"{sizes.pop('') / 1e6:,.1f} MB"
+    if sizes:
+        parts = [f"{name} {count / 1e6:,.1f}" for name, count in sizes.items()]
+        size += f"; {', '.join(parts)}: --save keeps fewer"
+    print(f"All of it is in {folder.path} ({size}).")
+    if folder.saves != "none":
+        print(f"Test it:    python main.py --test_only --output_dir {where}")
+    print(f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS")
 
 
 def print_opening(
@@ -475,6 +484,8 @@ def resume_hint(folder: RunFolder, keeps: bool) -> str:
     """Say what is saved and how to go on."""
     if not keeps:
         return ""
+    if not folder.keeps_last:
+        return f" There is nothing to go on with from: --save {folder.saves} keeps no last.pt."
     if not (folder.path / folder.LAST).exists():
         return " Nothing was saved yet."
     return (

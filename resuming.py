@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ranks
-from checkpoints import CheckpointError, load_weights
+from checkpoints import CheckpointError, checkpoint_digest, load_weights, without_training
 from evaluation import Averages
 from run_folder import Progress
 from utils import get_random_state, set_random_state
@@ -29,7 +29,7 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
         CheckpointError: If entries are missing or of another form.
     """
     try:
-        load_weights(trainer.model, checkpoint)
+        load_weights(trainer.evaluated, checkpoint)
         trainer.load_state_dict(checkpoint["trainer"])
         set_random_state(own_random_state(checkpoint))
         progress = Progress.from_state(checkpoint["progress"])
@@ -51,7 +51,7 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
             f"writes ({reason})."
         ) from error
     if progress.best_epoch == progress.epoch and place is None:
-        progress.best_digest = checkpoint.get("digest", "")
+        progress.best_digest = checkpoint_digest(without_training(checkpoint))
     return progress
 
 
@@ -73,7 +73,7 @@ def state_of(trainer: Any, run: Any, progress: Progress, **more: Any) -> dict[st
     """Return what a run can be gone on with from."""
     random_state = get_random_state()
     state = {
-        "model": trainer.model.state_dict(),
+        "model": trainer.evaluated.state_dict(),
         "trainer": trainer.state_dict(),
         "progress": vars(progress),
         "random_state": random_state,
@@ -103,7 +103,7 @@ def settle(trainer: Any, run: Any, source: Path, checkpoint: Mapping[str, Any], 
         if at_end:
             progress.best_epoch = progress.epoch
             progress.best_value = progress.history[-1][f"{judge}_{task.headline}"]
-            progress.best_digest = checkpoint.get("digest", "")
+            progress.best_digest = checkpoint_digest(without_training(checkpoint))
             if run.folder.writes:
                 run.folder.settle(run.folder.path / run.folder.LAST, progress, at_end=True)
         line = (

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, without_training
 from utils import CsvLog, WriteError, atomic_path, remove_left_overs, write_text, writing
 
 __all__ = [
@@ -133,6 +133,7 @@ class RunFolder:
     Args:
         path: The folder; created by :meth:`start`.
         writes: Whether this process writes; of several processes only the first one does.
+        saves: Which checkpoints are kept: "best", "last", "both" or "none".
     """
 
     RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
@@ -142,8 +143,11 @@ class RunFolder:
 
     LOCK = ".lock"
 
-    def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
-        self.path, self.writes = Path(path), writes
+    def __init__(
+        self, path: str | os.PathLike, *, writes: bool = True, saves: str = "both"
+    ) -> None:
+        self.path, self.writes, self.saves = Path(path), writes, saves
+        self.keeps_last, self.keeps_best = saves in ("last", "both"), saves in ("best", "both")
         self._scratch: tempfile.TemporaryDirectory | None = None
 
     def holds_run(self) -> bool:
@@ -271,19 +275,27 @@ class RunFolder:
             file.write(f"{line}\n")
 
     def save(self, checkpoint: Mapping[str, Any], *, best: bool) -> str:
-        """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far.
+        """Save ``last.pt``, and ``best.pt`` if it is the best so far.
 
-        The pair is decided by ``last.pt`` alone: if this is interrupted, :meth:`settle` of the
-        resumed run finds from its entries which file ``best.pt`` has to be.
+        What only a resumed run needs stands in ``last.pt`` alone; where that is nothing, both are
+        one file. The pair is decided by ``last.pt``: if this is interrupted, :meth:`settle` of the
+        resumed run finds from its entries which state ``best.pt`` has to be.
 
         Returns:
-            The digest of what was saved; empty where this process does not write.
+            The digest of the file that is left for the best state; empty if there is none.
         """
         if not self.writes:
             return ""
-        digest = save_checkpoint(self.path / self.LAST, checkpoint)
-        if best:
-            link_or_copy(self.path / self.LAST, self.path / self.BEST)
+        digest = ""
+        if self.keeps_last:
+            digest = save_checkpoint(self.path / self.LAST, checkpoint)
+        return self._save_best(checkpoint, digest) if best and self.keeps_best else ""
+
+    def _save_best(self, checkpoint: Mapping[str, Any], digest: str) -> str:
+        lean = without_training(checkpoint)
+        if lean is not checkpoint or not self.keeps_last:
+            return save_checkpoint(self.path / self.BEST, lean)
+        link_or_copy(self.path / self.LAST, self.path / self.BEST)
         return digest
 
     def settle(self, source: Path, progress: Progress, *, at_end: bool) -> tuple[bool, str | None]:
@@ -301,7 +313,7 @@ class RunFolder:
         itself = at_end and progress.best_epoch == progress.epoch
         theirs = source.parent / self.BEST
         problem = None
-        if not itself and progress.best_epoch:
+        if not itself and progress.best_epoch and self.keeps_best:
             try:
                 found = load_checkpoint(theirs)
                 told = found.get("progress")
@@ -315,16 +327,14 @@ class RunFolder:
                 problem = str(error).rstrip(".")
         if source.resolve() != last.resolve():
             link_or_copy(source, last)
+        if not self.keeps_best:
+            return True, None
         if itself:
-            if best.is_file() and best.samefile(last):
-                return True, None
-            same = False
             if best.is_file():
                 with contextlib.suppress(CheckpointError):
-                    same = load_checkpoint(best).get("digest", "") == progress.best_digest != ""
-            link_or_copy(last, best)
-            if same:
-                return True, None
+                    if load_checkpoint(best).get("digest", "") == progress.best_digest != "":
+                        return True, None
+            self._save_best(load_checkpoint(last), progress.best_digest)
             return True, f"{self.BEST} is made from {source}, which holds the best epoch."
         if problem is not None:
             best.unlink(missing_ok=True)
@@ -348,6 +358,14 @@ class RunFolder:
             self.metrics.append(row)
         for row in times:
             self.timing.append(row)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes that the folder takes, and those of each checkpoint in it."""
+        files = {p: p.stat() for p in self.path.rglob("*") if p.is_file()}
+        once = {(found.st_dev, found.st_ino): found.st_size for found in files.values()}
+        named = {p.name: found.st_size for p, found in files.items()}
+        checkpoints = {name: named[name] for name in (self.LAST, self.BEST) if name in named}
+        return {"": sum(once.values()), **checkpoints}
 
     def summarize(self, **facts: Any) -> None:
         """Write ``summary.json``: what scripts need to know of a run without guessing."""

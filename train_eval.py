@@ -184,7 +184,7 @@ def fit(
             folder.save(state, best=False)
 
         options: dict[str, Any] = {}
-        if trainer.unsaved is None and trainer.resumes:
+        if trainer.unsaved is None and trainer.resumes and folder.keeps_last:
             options = {"keep": keep, "save_every": save_every}
         if shares is not None:
             options["shares"] = shares
@@ -357,6 +357,8 @@ def train(
     }
 
     def use_best() -> int:
+        if not folder.keeps_best:
+            return progress.epoch
         if folder.writes:
             best = load_checkpoint(folder.path / folder.BEST)
             if progress.best_digest not in ("", best.get("digest")):
@@ -364,20 +366,22 @@ def train(
                     f"{folder.path / folder.BEST} is not the state of epoch {progress.best_epoch} "
                     "any more: something else has replaced it. --resume mends what it can."
                 )
-            load_weights(trainer.model, best)
-        ranks.broadcast_module(trainer.model)
+            load_weights(trainer.evaluated, best)
+        ranks.broadcast_module(trainer.evaluated)
         return progress.best_epoch
 
     if data.val is not None and not trainer.tests_itself:
-        use_best()
+        epoch = use_best()
         results["test"] = evaluation(data.test)
         summarize(trainer, run, progress, next(iter(run.sets)), test=results["test"])
-        folder.write_line(
-            f"The best epoch was chosen on {len(data.val)} held-out training samples. "
-            f"[Test at Epoch {progress.best_epoch}] {task.line(results['test'])}"
-        )
+        which = f"The best epoch was chosen on {len(data.val)} held-out training samples."
+        if not folder.keeps_best:
+            which = (
+                f"--save {folder.saves} keeps no weights of the best epoch: the last ones count."
+            )
+        folder.write_line(f"{which} [Test at Epoch {epoch}] {task.line(results['test'])}")
     more, lines = trainer.finish(data, folder, evaluation)
-    found = task.finish(trainer.model, data, folder, evaluation, use_best)
+    found = task.finish(trainer.evaluated, data, folder, evaluation, use_best)
     for line in [*lines, *found.lines]:
         folder.write_line(line)
     return results | more | found.results

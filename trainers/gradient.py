@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,16 @@ from torch import Tensor, nn
 import ranks
 from options import option
 from ranks import world_size
-from run_folder import TrainingError
-from trainers.trainer import Trainer, TrainingOptions
+from run_folder import Measured, Pass, TrainingError
+from trainers.recipe import (
+    RecipeOptions,
+    Warmup,
+    build_average,
+    build_mix,
+    check_recipe,
+    set_channels_last,
+)
+from trainers.trainer import Trainer
 from utils import autocast
 
 __all__ = [
@@ -28,7 +36,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class GradientOptions(TrainingOptions):
+class GradientOptions(RecipeOptions):
     """Optimizer, schedule and precision of gradient descent."""
 
     title = "Training by gradient"
@@ -188,6 +196,13 @@ class GradientTrainer(Trainer):
         accum_steps: Parts that a batch is gone through in.
         sync_bn: Batch norm over all processes; see `ranks.SyncedBatchNorm`.
         debug_nan: Look at the loss after every step.
+        warmup_epochs: Epochs in which the learning rate rises; see `trainers.recipe.Warmup`.
+        mixup: See `trainers.recipe.build_mix`, as is cutmix.
+        cutmix: See there.
+        ema: Decay of the average that is evaluated and saved; 0: the weights are.
+        num_classes: Number of classes.
+        sample_shape: Shape of a sample.
+        steps_per_epoch: Steps of an epoch.
 
     Under torchrun every process takes its part of each batch (DistributedDataParallel); gradients
     are those of the mean over the whole batch, whether or not it divides.
@@ -225,9 +240,17 @@ class GradientTrainer(Trainer):
         accum_steps: int = 1,
         sync_bn: bool = False,
         debug_nan: bool = False,
+        warmup_epochs: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        ema: float = 0.0,
+        num_classes: int = 1,
+        sample_shape: Sequence[int] = (),
+        steps_per_epoch: int = 1,
     ) -> None:
         super().__init__(model, task, device=device)
-        self.debug_nan = debug_nan
+        self.debug_nan, self.num_classes = debug_nan, num_classes
+        self.mix = build_mix(mixup, cutmix, num_classes, sample_shape)
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
         self.accum_steps = accum_steps
         self.optimizer = build_optimizer(
@@ -246,6 +269,8 @@ class GradientTrainer(Trainer):
             lr_gamma=lr_gamma,
             lr_final=lr_final,
         )
+        self.warmup = Warmup(self.optimizer, round(warmup_epochs * steps_per_epoch))
+        self.average = build_average(model, ema)
         self.scaler = torch.amp.GradScaler("cuda", enabled=use_amp and device.type == "cuda")
         self._losses: list[Tensor] = []
         self.network: nn.Module = model  # what a batch goes through
@@ -257,7 +282,8 @@ class GradientTrainer(Trainer):
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
-        """Refuse to compile without a compiler."""
+        """Refuse to compile without a compiler, and classes where there are none."""
+        check_recipe(values, task_name)
         if values["use_compiled"] and not has_cpp_compiler():
             raise ValueError(
                 "--use_compiled needs a C++ compiler and found none (g++, clang++, or $CXX). "
@@ -267,13 +293,24 @@ class GradientTrainer(Trainer):
     @classmethod
     def copies(cls, values: Mapping[str, Any]) -> int:
         """Return how often training holds the parameters: themselves, gradients, states."""
-        return 3 if values["optimizer"] == "sgd" else 4
+        return (3 if values["optimizer"] == "sgd" else 4) + (values["ema"] > 0)
 
     @classmethod
     def prepare(cls, model: nn.Module, values: Mapping[str, Any]) -> None:
-        """Compile the model, if that is asked for."""
+        """Order the model's memory and compile it, if that is asked for."""
+        if values["channels_last"]:
+            set_channels_last(model)
         if values["use_compiled"]:
             compile_model(model, values["compile_mode"])
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved: the average, if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def loader_options(self, batch_size: int) -> dict[str, Any]:
+        """Shuffle, and mix the samples of a batch, if that is asked for."""
+        return {"shuffle": True} | ({} if self.mix is None else {"mix": self.mix})
 
     def step(self, batch: Any, share: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
         """Take one gradient step; return per-sample metrics (B,).
@@ -306,7 +343,7 @@ class GradientTrainer(Trainer):
             with contextlib.nullcontext() if last else self.network.no_sync():
                 with autocast(self.device, self.amp):
                     outputs = self.network(x)
-                    loss = self.task.loss(outputs, y)
+                    loss = self.task.objective(outputs, y)
                 factor = weight * len(x) / len(inputs)
                 self.scaler.scale(loss if factor == 1 else loss * factor).backward()
             losses.append(loss.detach() * (len(x) / len(inputs)))
@@ -315,8 +352,11 @@ class GradientTrainer(Trainer):
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+        with self.warmup.step():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self._losses.append(loss)
         if not counts:
@@ -341,6 +381,8 @@ class GradientTrainer(Trainer):
     def end_batches(self) -> None:
         """Let all processes evaluate with the same statistics of batch norm: the first one's."""
         ranks.broadcast_module(self.model, buffers_only=True)
+        if self.average is not None:
+            ranks.broadcast_module(self.average.module, buffers_only=True)
 
     def sound(self, epoch: int, step: int) -> None:
         """Raise TrainingError if a parameter or buffer is not finite."""
@@ -368,11 +410,32 @@ class GradientTrainer(Trainer):
 
     def columns(self) -> dict[str, float]:
         """Return the learning rate."""
-        return {"lr": self.optimizer.param_groups[0]["lr"]}
+        return {"lr": self.warmup.rate}
+
+    def measure(self, trained: Pass, evaluate: Any, sets: Mapping[str, Any]) -> Measured:
+        """Evaluate and word an epoch; say what helps if the first one's loss was very large."""
+        measured = super().measure(trained, evaluate, sets)
+        blind, loss = self.task.blind_loss(self.num_classes), trained.metrics.get("loss")
+        if trained.epoch == 1 and blind is not None and loss is not None and loss > 2 * blind:
+            rate = self.optimizer.param_groups[0]["lr"]
+            warmer = "" if self.warmup.steps else "--warmup_epochs 1, or "
+            measured.lines.append(
+                f"note: guessing among {self.num_classes} classes has a loss of {blind:.2f}, and "
+                f"the first epoch had {loss:.2f}: its steps were too large. What helps: {warmer}a "
+                f"smaller --lr, say {rate / 10:g}."
+            )
+        return measured
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimizer, schedule and loss scaling."""
-        return {
+        """Return the state of optimizer, schedule, loss scaling and warm-up.
+
+        Where an average is evaluated and saved, the weights that are trained stand here too.
+        """
+        state: dict[str, Any] = {"steps": self.warmup.done}
+        if self.average is not None:
+            state["averaged"] = int(self.average.n_averaged)
+            state["weights"] = self.model.state_dict()
+        return state | {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else _plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(),
@@ -385,6 +448,10 @@ class GradientTrainer(Trainer):
             self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.warmup.done = state.get("steps", 0)
+        if self.average is not None:
+            self.average.n_averaged.fill_(state["averaged"])
+            self.model.load_state_dict(state["weights"])
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

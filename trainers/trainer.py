@@ -112,6 +112,11 @@ class Trainer:
         """Return how many samples a loader hands over at a time, given ``--batch_size``."""
         return batch_size
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved."""
+        return self.model
+
     def check_set(self, num_samples: int, batch_size: int) -> None:
         """Refuse a training set that this way of training cannot learn from.
 

@@ -21,6 +21,7 @@ from trainers import GradientTrainer
 from utils import WriteError
 
 ROOT = Path(program.__file__).parent
+SMALL = ("--dataset", "digits", "--num_epochs", "1", "--limit_train", "50", "--device", "cpu")
 RESUME = ("--resume", "--device", "cpu", "--output_dir")
 
 
@@ -216,9 +217,12 @@ def test_a_broken_last_names_the_whole_best(saved, refused):
     Path("run/last.pt").write_bytes(saved[:-100])
     code, text = refused(main, [*RESUME, "run"])
     assert code == 2
-    assert "run/best.pt is whole: python main.py --resume --checkpoint " in text
-    main([*RESUME, "run", "--checkpoint", "run/best.pt"])
-    assert load_checkpoint("run/last.pt")["progress"]["epoch"] == 2
+    assert "run/last.pt cannot be read" in text
+    assert "run/best.pt begins a new run with these weights." in text
+    code, text = refused(main, [*RESUME, "run", "--checkpoint", "run/best.pt"])
+    assert code == 2
+    assert "run/best.pt holds weights without the state of the optimizer" in text
+    main(["--pretrained", "run/best.pt", "--output_dir", "more", *SMALL])
 
 
 def test_files_without_a_digest_still_load_and_resume(run, saved):
@@ -452,6 +456,9 @@ def test_resume_auto_begins_goes_on_and_is_done(run, monkeypatch, refused, capsy
     assert "nothing to resume" in capsys.readouterr().out
     Path("run/last.pt").write_bytes(b"x")
     run(*flags)
+    out = capsys.readouterr().out
+    assert "run/best.pt holds weights alone" in out
+    assert "no whole checkpoint in run: the run begins" in out
     assert metrics("run") == metrics("whole")
     Path("run/last.pt").write_bytes(b"x")
     Path("run/best.pt").write_bytes(b"x")
