@@ -26,6 +26,7 @@ __all__ = [
     "read_weights",
     "save_checkpoint",
     "save_safetensors",
+    "without_training",
 ]
 
 FORMAT = 2  # of checkpoints; 1 had no digest
