@@ -110,6 +110,18 @@ class OutputOptions(Options):
         "needs (last.pt, several times as large), both, or none",
         choices=("both", "best", "last", "none"),
     )
+    tensorboard: bool = option(
+        False,
+        "write metrics, pictures and hyperparameters for TensorBoard too, below the run folder",
+        resumable=True,
+    )
+    wandb: str = option(
+        None,
+        "send them to Weights & Biases, to this project (WANDB_MODE=offline keeps them here)",
+        bare="neighbors",
+        metavar="PROJECT",
+        resumable=True,
+    )
     test_only: bool = option(
         False,
         "evaluate best.pt of --output_dir (or --checkpoint) on the test set",

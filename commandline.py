@@ -41,6 +41,7 @@ from ranks import world_size
 from run_folder import RunFolder
 from tasks import DATASETS, TASKS
 from tasks.features import check_features
+from trackers import check_trackers
 from trainers import TRAINERS
 from utils import parse_args_text, read_text_file
 
@@ -522,6 +523,7 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
     """
     check_rows(choice)
     check_values(values, choice)
+    check_trackers(values)
     for owner in choice.owners:
         owner.check(values)
     trainer = choice.trainer_type

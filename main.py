@@ -69,6 +69,7 @@ from ranks import distributed, gather, in_agreement, initialised, leave_together
 from run_folder import RunFolder, TrainingError
 from tasks import Task
 from tasks.inspection import inspect_data
+from trackers import WRITERS, TrackerError, tracked
 from train_eval import Evaluation, Run, dry_run, test, train
 from utils import WriteError, count_parameters, format_args, seed_everything, write_text
 
@@ -142,7 +143,7 @@ def run_command(
             results = run_choice(parser, values, choice, checkpoint, folder, command)
             gather(None)  # every process returns when the first one has written everything
             return results
-        except (TrainingError, DataError, WriteError) as error:
+        except (TrainingError, DataError, TrackerError, WriteError) as error:
             batch = getattr(error, "batch", None)
             if batch is not None and leader:
                 path = folder.file("nan_batch.pt")
@@ -353,17 +354,22 @@ def run_choice(
     facts |= {"neighbor_kernels": native.status().splitlines()[0], "data": fingerprint(data)}
     if folder.writes and (note := record_start(folder, facts, goes_on=checkpoint is not None)):
         print(note)
-    results = train(
-        trainer,
-        run,
-        loader,
-        checkpoint,
-        batch_size=values["batch_size"],
-        num_epochs=values["num_epochs"],
-        seed=values["seed"],
-        source=values["checkpoint"] or str(folder.path / folder.LAST),
-        save_every=values["save_every"],
-    )
+    wanted = {flag: values[flag] if folder.writes else None for flag in WRITERS}
+    settings = {name: value for name, value in values.items() if name in choice.read_options()}
+    with tracked(folder.path, wanted, settings, goes_on=checkpoint is not None) as trackers:
+        folder.trackers = trackers
+        results = train(
+            trainer,
+            run,
+            loader,
+            checkpoint,
+            batch_size=values["batch_size"],
+            num_epochs=values["num_epochs"],
+            seed=values["seed"],
+            source=values["checkpoint"] or str(folder.path / folder.LAST),
+            save_every=values["save_every"],
+        )
+        trackers.conclude(results)
     print_closing(folder)
     return results
 

@@ -148,6 +148,7 @@ class RunFolder:
     ) -> None:
         self.path, self.writes, self.saves = Path(path), writes, saves
         self.keeps_last, self.keeps_best = saves in ("last", "both"), saves in ("best", "both")
+        self.trackers: Any = None  # see `trackers.Trackers`
         self._scratch: tempfile.TemporaryDirectory | None = None
 
     def holds_run(self) -> bool:
@@ -264,6 +265,8 @@ class RunFolder:
         write_text(self.path / self.RESULTS, "".join(f"{line}\n" for line in progress.lines))
         self.metrics = CsvLog(self.path / self.METRICS, progress.history)
         self.timing = CsvLog(self.path / self.TIMING, progress.times)
+        if self.trackers is not None:
+            self.trackers.rows(progress.history)
 
     def write_line(self, line: str) -> None:
         """Append a line to the results file and show it."""
@@ -358,6 +361,8 @@ class RunFolder:
             self.metrics.append(row)
         for row in times:
             self.timing.append(row)
+        if self.trackers is not None:
+            self.trackers.rows(rows)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes that the folder takes, and those of each checkpoint in it."""
