@@ -215,7 +215,13 @@ def test_run_leaves_a_complete_folder(run, tmp_path):
     )
     assert re.search(line, text)
     assert max(len(line) for line in text.splitlines() if line.startswith("[Epoch")) < 120
-    assert re.search(r"Average Epoch Time: \d+\.\d+s\n", text)
+    pace = r"\(training (\d+\.\d+)s, ([\d,]+) samples/s\)"
+    seconds, rate = re.search(rf"Average Epoch Time: \d+\.\d+s {pace}\n", text).groups()
+    assert float(seconds) * int(rate.replace(",", "")) == pytest.approx(50, rel=0.01)
+    for row in rows(folder, "timing.csv"):
+        product = float(row["train_seconds"]) * float(row["train_samples_per_second"])
+        assert product == pytest.approx(50)
+        assert float(row["train_seconds"]) < float(row["seconds"])
     assert re.search(r"Max Accuracy: \d+\.\d+% at Epoch [12]\n", text)
     assert "chosen on the test set" in text
     assert [row["epoch"] for row in rows(folder)] == ["1", "2"]

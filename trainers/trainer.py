@@ -188,6 +188,7 @@ class Trainer:
         times = {
             "epoch": trained.epoch,
             "seconds": seconds,
+            "train_seconds": trained.seconds,
             "train_samples_per_second": throughput,
         }
         return Measured(measured, [row], [line], [times])
@@ -216,7 +217,7 @@ class Trainer:
             return []
         average = sum(row["seconds"] for row in progress.times) / len(progress.times)
         lines = [
-            f"Average Epoch Time: {average:.4f}s",
+            f"Average Epoch Time: {average:.4f}s{self.pace(progress)}",
             self.best_line(progress.best_value, f"Epoch {progress.best_epoch}"),
         ]
         if held_out is None:
@@ -225,6 +226,16 @@ class Trainer:
                 "--val_split chooses it on held-out training data."
             )
         return lines
+
+    @staticmethod
+    def pace(progress: Progress) -> str:
+        """Word the part of the epochs' time that went into training, and samples per second."""
+        rows = [row for row in progress.times if "train_seconds" in row]
+        seconds = sum(row["train_seconds"] for row in rows)
+        if not seconds:  # the run began before this was measured
+            return ""
+        samples = sum(row["train_seconds"] * row["train_samples_per_second"] for row in rows)
+        return f" (training {seconds / len(rows):.4f}s, {samples / seconds:,.0f} samples/s)"
 
     def finish(self, data: Any, run: RunFolder, evaluate: Any) -> tuple[dict[str, Any], list[str]]:
         """End a run: return results for the caller, and lines."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import train_eval
 import trackers
+import train_eval
 from main import main
 
 # Stands in for the package: it writes down what it is told.
