@@ -374,16 +374,21 @@ def run_choice(
     return results
 
 
+def size_text(count: int) -> str:
+    """Word a number of bytes."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
 def print_closing(folder: RunFolder) -> None:
     """Say where everything is, and what can be done with it."""
     if not folder.writes:
         return
     where = shlex.quote(str(folder.path))
     sizes = folder.sizes()
-    size = f"{sizes.pop('') / 1e6:,.1f} MB"
-    if sizes:
-        parts = [f"{name} {count / 1e6:,.1f}" for name, count in sizes.items()]
-        size += f"; {', '.join(parts)}: --save keeps fewer"
+    size = size_text(sizes.pop(""))
+    if len(sizes) > 1:
+        parts = [f"{name} {size_text(count)}" for name, count in sizes.items()]
+        size += f"; {', '.join(parts)}, --save keeps fewer"
     print(f"All of it is in {folder.path} ({size}).")
     if folder.saves != "none":
         print(f"Test it:    python main.py --test_only --output_dir {where}")

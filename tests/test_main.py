@@ -156,8 +156,8 @@ def test_first_and_last_lines(run, capsys):
     assert lines[1] == "Data: digits, 40 training, 10 validation, 30 test samples of 1x8x8"
     assert re.fullmatch(r"Device: cpu, \d+ threads?; 1 epochs of batches of 20", lines[2])
     assert lines[3] == "Run folder: run"
-    size = r"\d\.\d"
-    kept = rf"\({size} MB; last\.pt {size}, best\.pt {size}: --save keeps fewer\)"
+    size = r"\d+\.\d [kM]B"
+    kept = rf"\({size}; last\.pt {size}, best\.pt {size}, --save keeps fewer\)"
     assert re.fullmatch(rf"All of it is in run {kept}\.", lines[-3])
     assert lines[-2:] == [
         "Test it:    python main.py --test_only --output_dir run",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import load_checkpoint
-from main import main
+from main import main, size_text
 
 RESUME = ("--resume", "--device", "cpu", "--output_dir")
 FILES = {"both": {"last.pt", "best.pt"}, "last": {"last.pt"}, "best": {"best.pt"}, "none": set()}
@@ -27,7 +27,7 @@ def test_only_what_was_asked_for_is_kept(run, capsys, choice):
     assert found["best_epoch"] == whole["best_epoch"] < 4
     out, text = capsys.readouterr().out, Path("run/train_eval_results.txt").read_text()
     size = sum(path.stat().st_size for path in Path("run").iterdir())
-    assert f"All of it is in run ({size / 1e6:.1f} MB" in out
+    assert f"All of it is in run ({size_text(size)}" in out
     assert ("Test it:" in out) == (choice != "none")
     if choice in ("both", "best"):
         assert found["test"] == whole["test"]
