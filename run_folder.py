@@ -366,7 +366,8 @@ class RunFolder:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes that the folder takes, and those of each checkpoint in it."""
-        files = {p: p.stat() for p in self.path.rglob("*") if p.is_file()}
+        paths = (p for p in self.path.rglob("*") if p.is_file() and p.name != self.LOCK)
+        files = {path: path.stat() for path in paths}
         once = {(found.st_dev, found.st_ino): found.st_size for found in files.values()}
         named = {p.name: found.st_size for p, found in files.items()}
         checkpoints = {name: named[name] for name in (self.LAST, self.BEST) if name in named}
