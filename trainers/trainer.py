@@ -235,7 +235,7 @@ class Trainer:
         if not seconds:  # the run began before this was measured
             return ""
         samples = sum(row["train_seconds"] * row["train_samples_per_second"] for row in rows)
-        return f" (training {seconds / len(rows):.4f}s, {samples / seconds:,.0f} samples/s)"
+        return f" (training {seconds / len(rows):.4f}s, {samples / seconds:.0f} samples/s)"
 
     def finish(self, data: Any, run: RunFolder, evaluate: Any) -> tuple[dict[str, Any], list[str]]:
         """End a run: return results for the caller, and lines."""
