@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -88,6 +89,10 @@ class Progress:
         for name in ("history", "times"):
             if not all(isinstance(row, Mapping) for row in getattr(made, name)):
                 raise CheckpointError(f"'{name}' of its 'progress' holds something else than rows.")
+        if made.times and "train_samples_per_second" in made.times[0]:
+            # Older files do not know how long the training part of an epoch took.
+            rows = made.times
+            made.times = [{**r, "train_seconds": r.get("train_seconds", math.nan)} for r in rows]
         return made
 
 

@@ -241,29 +241,21 @@ class CsvLog:
 
     def __init__(self, path: str | os.PathLike, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         self.path = Path(path)
-        self.fields: list[str] = list(dict.fromkeys(name for row in rows for name in row))
+        self.fields: list[str] = list(rows[0]) if rows else []
         if rows:
-            self._rewrite(rows)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(self.path, text.getvalue())
         else:
             self.path.unlink(missing_ok=True)
 
-    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
-
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row; the first row decides the columns, further ones are put behind them."""
+        """Add one row; the first row decides the columns."""
         new = not self.fields
         if new:
             self.fields = list(row)
-        elif further := [name for name in row if name not in self.fields]:
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            self.fields += further
-            self._rewrite(rows)
         with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.fields, lineterminator="\n")
             if new:

@@ -160,13 +160,6 @@ def test_csv_log_rewrites_what_is_known(tmp_path):
     assert not (tmp_path / "a.csv").exists()
 
 
-def test_csv_log_takes_further_columns(tmp_path):
-    log = CsvLog(tmp_path / "a.csv", [{"epoch": 1, "x": 0.1}])
-    log.append({"epoch": 2, "y": 3, "x": 0.2})
-    log.append({"epoch": 3, "y": 4, "x": 0.3})
-    assert (tmp_path / "a.csv").read_text() == "epoch,x,y\n1,0.1,\n2,0.2,3\n3,0.3,4\n"
-
-
 def test_counts():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 25, 2))
     model[0].bias.requires_grad_(False)

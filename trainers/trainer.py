@@ -1,5 +1,6 @@
 """The protocol of a trainer: what the loop asks of every way to learn."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -230,7 +231,8 @@ class Trainer:
     @staticmethod
     def pace(progress: Progress) -> str:
         """Word the part of the epochs' time that went into training, and samples per second."""
-        rows = [row for row in progress.times if "train_seconds" in row]
+        known = (row for row in progress.times if "train_seconds" in row)
+        rows = [row for row in known if math.isfinite(row["train_seconds"])]
         seconds = sum(row["train_seconds"] for row in rows)
         if not seconds:  # the run began before this was measured
             return ""

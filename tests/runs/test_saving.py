@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import load_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
 from main import main, size_text
 
 RESUME = ("--resume", "--device", "cpu", "--output_dir")
@@ -107,3 +107,16 @@ def test_a_store_of_samples_is_kept_once(run):
     run("--output_dir", "best", "--save", "best", model="knn")
     assert checkpoints("best") == {"best.pt"}
     main(["--test_only", "--output_dir", "best", "--device", "cpu"])
+
+
+def test_times_of_older_files_are_gone_on_with(run):
+    run("--output_dir", "run", "--num_epochs", 1)
+    last = load_checkpoint("run/last.pt")
+    for row in last["progress"]["times"]:
+        del row["train_seconds"]
+    save_checkpoint("run/last.pt", last)
+    main([*RESUME, "run", "--num_epochs", "2"])
+    first, second = Path("run/timing.csv").read_text().splitlines()[1:]
+    assert first.endswith(",nan")
+    assert "nan" not in second
+    assert "samples/s)" in Path("run/train_eval_results.txt").read_text()
