@@ -323,7 +323,7 @@ def newest_whole(
         say: Told why a file is passed over.
         resumes: Look for one that a run can be gone on with from.
     """
-    for name in (RunFolder.LAST, RunFolder.BEST):
+    for name in (RunFolder.LAST, RunFolder.PREVIOUS, RunFolder.BEST):
         path = folder / name
         if not os.path.exists(path):
             continue

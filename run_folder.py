@@ -20,7 +20,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, without_training
+from checkpoints import (
+    CheckpointError,
+    check_rows,
+    load_checkpoint,
+    save_checkpoint,
+    without_training,
+)
 from utils import CsvLog, WriteError, atomic_path, remove_left_overs, write_text, writing
 
 __all__ = [
@@ -86,9 +92,17 @@ class Progress:
             ):
                 raise CheckpointError(f"'{name}' of its 'progress' is missing or of another type.")
             setattr(made, name, value.copy() if isinstance(value, list) else value)
-        for name in ("history", "times"):
-            if not all(isinstance(row, Mapping) for row in getattr(made, name)):
-                raise CheckpointError(f"'{name}' of its 'progress' holds something else than rows.")
+        for name, column in (("history", "epoch"), ("times", "seconds")):
+            check_rows(getattr(made, name), f"progress['{name}']", [column])
+        if not all(isinstance(line, str) for line in made.lines):
+            raise CheckpointError("its progress['lines'] holds something else than text.")
+        told = [row["epoch"] for row in made.history]
+        right = told == list(range(1, len(told) + 1)) and len(told) == made.epoch
+        if not right or not 0 <= made.best_epoch <= made.epoch:
+            raise CheckpointError(
+                f"its progress says epoch {made.epoch}, best epoch {made.best_epoch}, and has rows "
+                f"of {len(told)} epochs: they do not belong together."
+            )
         if made.times and "train_samples_per_second" in made.times[0]:
             # Older files do not know how long the training part of an epoch took.
             rows = made.times
@@ -142,7 +156,8 @@ class RunFolder:
     """
 
     RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
-    LAST, BEST, TEST, CURVES = "last.pt", "best.pt", "test_results.txt", "curves.png"
+    LAST, BEST, PREVIOUS = "last.pt", "best.pt", "previous.pt"
+    TEST, CURVES = "test_results.txt", "curves.png"
     ARGS, MODEL, SUMMARY = "args.txt", "model.txt", "summary.json"
     ENVIRONMENT = "environment.json"
 
@@ -262,7 +277,8 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if fresh:
-                for name in (self.LAST, self.BEST, self.TEST, self.CURVES, self.SUMMARY):
+                names = (self.LAST, self.BEST, self.PREVIOUS, self.TEST, self.CURVES, self.SUMMARY)
+                for name in names:
                     (self.path / name).unlink(missing_ok=True)
         if args_text is not None:
             write_text(self.path / self.ARGS, args_text)
@@ -287,16 +303,24 @@ class RunFolder:
 
         What only a resumed run needs stands in ``last.pt`` alone; where that is nothing, both are
         one file. The pair is decided by ``last.pt``: if this is interrupted, :meth:`settle` of the
-        resumed run finds from its entries which state ``best.pt`` has to be.
+        resumed run finds from its entries which state ``best.pt`` has to be. Where ``best.pt`` is
+        not another whole state to fall back on, ``previous.pt`` is the one before ``last.pt``;
+        :meth:`end` removes it.
 
         Returns:
             The digest of the file that is left for the best state; empty if there is none.
         """
         if not self.writes:
             return ""
+        last, kept, previous = (self.path / n for n in (self.LAST, self.BEST, self.PREVIOUS))
         digest = ""
         if self.keeps_last:
-            digest = save_checkpoint(self.path / self.LAST, checkpoint)
+            if last.is_file():
+                link_or_copy(last, previous)
+            digest = save_checkpoint(last, checkpoint)
+            if not best and kept.is_file() and without_training(checkpoint) is checkpoint:
+                with writing(previous):
+                    previous.unlink(missing_ok=True)
         return self._save_best(checkpoint, digest) if best and self.keeps_best else ""
 
     def _save_best(self, checkpoint: Mapping[str, Any], digest: str) -> str:
@@ -305,6 +329,12 @@ class RunFolder:
             return save_checkpoint(self.path / self.BEST, lean)
         link_or_copy(self.path / self.LAST, self.path / self.BEST)
         return digest
+
+    def end(self) -> None:
+        """Remove what only a run that goes on needs."""
+        if self.writes:
+            with writing(self.path / self.PREVIOUS):
+                (self.path / self.PREVIOUS).unlink(missing_ok=True)
 
     def settle(self, source: Path, progress: Progress, *, at_end: bool) -> tuple[bool, str | None]:
         """Let ``last.pt`` and ``best.pt`` be those of the state that a run goes on from.
