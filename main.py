@@ -25,12 +25,13 @@ import argparse
 import contextlib
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from builders import (
@@ -71,6 +72,7 @@ from tasks import Task
 from tasks.inspection import inspect_data
 from trackers import WRITERS, TrackerError, tracked
 from train_eval import Evaluation, Run, dry_run, test, train
+from trainers import Trainer
 from utils import WriteError, count_parameters, format_args, seed_everything, write_text
 
 __all__ = ["build_parser", "main"]
@@ -354,8 +356,32 @@ def run_choice(
     facts |= {"neighbor_kernels": native.status().splitlines()[0], "data": fingerprint(data)}
     if folder.writes and (note := record_start(folder, facts, goes_on=checkpoint is not None)):
         print(note)
-    wanted = {flag: values[flag] if folder.writes else None for flag in WRITERS}
     settings = {name: value for name, value in values.items() if name in choice.read_options()}
+    results = learn(trainer, run, loader, checkpoint, values, settings)
+    print_closing(folder)
+    return results
+
+
+def learn(
+    trainer: Trainer,
+    run: Run,
+    loader: Callable[..., DataLoader],
+    checkpoint: Mapping[str, Any] | None,
+    values: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train, and tell the trackers that are asked for; see `train_eval.train`.
+
+    Args:
+        trainer: How the model learns.
+        run: What it works with.
+        loader: Makes a loader.
+        checkpoint: Where to go on from, if anywhere.
+        values: The arguments.
+        settings: Those that this run reads.
+    """
+    folder = run.folder
+    wanted = {flag: values[flag] if folder.writes else None for flag in WRITERS}
     with tracked(folder.path, wanted, settings, goes_on=checkpoint is not None) as trackers:
         folder.trackers = trackers
         results = train(
@@ -370,7 +396,6 @@ def run_choice(
             save_every=values["save_every"],
         )
         trackers.conclude(results)
-    print_closing(folder)
     return results
 
 
