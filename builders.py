@@ -117,7 +117,8 @@ class OutputOptions(Options):
     )
     wandb: str = option(
         None,
-        "send them to Weights & Biases, to this project (WANDB_MODE=offline keeps them here)",
+        "send metrics, pictures and hyperparameters to this project of Weights & Biases "
+        "(WANDB_MODE=offline keeps them here)",
         bare="neighbors",
         metavar="PROJECT",
         resumable=True,
