@@ -36,6 +36,7 @@ ALLOWED = {
 }
 ALLOWED["commandline"] = {"builders", *ALLOWED["builders"], "environment", "trackers"}
 ALLOWED["main"] = {*ALLOWED}
+ALLOWED["hubconf"] = {"builders", "checkpoints", "layers", "models", "options"}
 OURS = set(ALLOWED)
 
 
