@@ -41,6 +41,7 @@ from ranks import world_size
 from run_folder import RunFolder
 from tasks import DATASETS, TASKS
 from tasks.features import check_features
+from trackers import check_trackers
 from trainers import TRAINERS
 from utils import parse_args_text, read_text_file
 
@@ -312,15 +313,25 @@ def find_newest(values: dict[str, Any]) -> None:
         values["checkpoint"] = str(found)
 
 
-def newest_whole(folder: Path, say: Callable[[str], Any] | None = None) -> Path | None:
-    """Return the newest checkpoint of a folder that can be read; None if there is none."""
+def newest_whole(
+    folder: Path, say: Callable[[str], Any] | None = None, *, resumes: bool = True
+) -> Path | None:
+    """Return the newest checkpoint of a folder that can be read; None if there is none.
+
+    Args:
+        folder: The folder.
+        say: Told why a file is passed over.
+        resumes: Look for one that a run can be gone on with from.
+    """
     for name in (RunFolder.LAST, RunFolder.PREVIOUS, RunFolder.BEST):
         path = folder / name
         if not os.path.exists(path):
             continue
         try:
-            load_checkpoint(path)
-            return path
+            if "trainer" in load_checkpoint(path) or not resumes:
+                return path
+            if say is not None:
+                say(f"note: {path} holds weights alone, and nothing to go on with.")
         except CheckpointError as error:
             if say is not None:
                 say(f"note: {error}")
@@ -396,13 +407,40 @@ def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choic
     return choice if fits and choice.task in TASKS else None
 
 
+def weights_alone(path: Path) -> str:
+    """Say why a run cannot go on from a file, and what can be done with it."""
+    return (
+        f"--resume goes on from last.pt, and {path} holds weights without the state of the "
+        f"optimizer (--save says what is kept). --pretrained {shlex.quote(str(path))} begins a new "
+        "run with these weights."
+    )
+
+
+def saved_file(parser: argparse.ArgumentParser, values: Mapping[str, Any], flag: str) -> str:
+    """Return the file of a run folder that a flag reads."""
+    folder = Path(values["output_dir"])
+    last, best = folder / RunFolder.LAST, folder / RunFolder.BEST
+    if flag == "--resume":
+        if best.exists() and not last.exists():
+            parser.error(weights_alone(best))
+        return str(last)
+    if last.exists() and not best.exists():
+        try:
+            stored = load_checkpoint(last)["args"]
+        except CheckpointError as error:
+            parser.error(f"{flag}: {error}")
+        if stored.get("save") == "last":
+            print(f"{folder} was trained with --save last: the last epoch is tested.")
+            return str(last)
+    return str(best)
+
+
 def read_checkpoint(
     parser: argparse.ArgumentParser, values: dict[str, Any], given: set[str]
 ) -> dict[str, Any]:
     """Load the checkpoint of --resume or --test_only and take its arguments over."""
-    name = RunFolder.LAST if values["resume"] else RunFolder.BEST
-    path = values["checkpoint"] or str(Path(values["output_dir"], name))
     flag = "--resume" if values["resume"] else "--test_only"
+    path = values["checkpoint"] or saved_file(parser, values, flag)
     known = {name: each for name, (_, each) in all_options().items()}
     try:
         if not Path(path).exists():
@@ -413,11 +451,16 @@ def read_checkpoint(
         checkpoint = load_checkpoint(path)
         kept = {name: each for name, each in known.items() if not each.of_run}
         check_stored(without_rows(kept), checkpoint["args"], path)
+        if values["resume"] and "trainer" not in checkpoint:
+            parser.error(weights_alone(Path(path)))
     except OSError as error:
         parser.error(f"{flag}: {path} cannot be read: {error.strerror}.")
     except ValueError as error:
-        whole = newest_whole(Path(path).absolute().parent)
+        folder = Path(path).absolute().parent
+        whole = newest_whole(folder, resumes=bool(values["resume"]))
         hint = ""
+        if values["resume"] and whole is None and newest_whole(folder, resumes=False) is not None:
+            parser.error(f"{flag}: {error} {weights_alone(folder / RunFolder.BEST)}")
         if whole is not None and whole.absolute() != Path(path).absolute():
             folder = shlex.quote(str(values["output_dir"]))
             hint = (
@@ -500,10 +543,16 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
     """
     check_rows(choice)
     check_values(values, choice)
+    check_trackers(values)
     for owner in choice.owners:
         owner.check(values)
     trainer = choice.trainer_type
     trainer.check(values, choice.task)
+    if values["save_every"] and values["save"] in ("best", "none"):
+        raise ValueError(
+            f"--save_every {values['save_every']} saves last.pt, and --save {values['save']} keeps "
+            "none. Leave one of them out."
+        )
     if values["resume"] == "last" and not trainer.resumes:
         raise ValueError(
             f"--resume: --model {choice.model} stores the training set in one go, there is nothing "

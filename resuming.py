@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 import ranks
-from checkpoints import CheckpointError, check_form
+from checkpoints import (
+    CheckpointError,
+    check_form,
+    checkpoint_digest,
+    without_training,
+)
 from evaluation import Averages
 from run_folder import Progress
 from utils import get_random_state, set_random_state
@@ -97,7 +102,7 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
             f"writes ({reason})."
         ) from error
     if progress.best_epoch == progress.epoch and not places:
-        progress.best_digest = checkpoint.get("digest", "")
+        progress.best_digest = checkpoint_digest(without_training(checkpoint))
     return progress
 
 
@@ -158,7 +163,7 @@ def settle(trainer: Any, run: Any, source: Path, checkpoint: Mapping[str, Any], 
             if not progress.history or column not in progress.history[-1]:
                 raise CheckpointError(f"the checkpoint cannot be gone on with: it lacks {column}.")
             progress.best_value = progress.history[-1][column]
-            progress.best_digest = checkpoint.get("digest", "")
+            progress.best_digest = checkpoint_digest(without_training(checkpoint))
             if run.folder.writes:
                 run.folder.settle(run.folder.path / run.folder.LAST, progress, at_end=True)
         line = (

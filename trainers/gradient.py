@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,16 @@ import ranks
 from checkpoints import CheckpointError, check_form
 from options import option
 from ranks import world_size
-from run_folder import TrainingError
-from trainers.trainer import Trainer, TrainingOptions
+from run_folder import Measured, Pass, TrainingError
+from trainers.recipe import (
+    RecipeOptions,
+    Warmup,
+    build_average,
+    build_mix,
+    check_recipe,
+    set_channels_last,
+)
+from trainers.trainer import Trainer
 from utils import autocast
 
 __all__ = [
@@ -30,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class GradientOptions(TrainingOptions):
+class GradientOptions(RecipeOptions):
     """Optimizer, schedule and precision of gradient descent."""
 
     title = "Training by gradient"
@@ -197,6 +205,13 @@ class GradientTrainer(Trainer):
         sync_bn: Batch norm over all processes; see `ranks.SyncedBatchNorm`.
         fsdp: Every process holds a part of the parameters; see `ranks.shard_parameters`.
         debug_nan: Look at the loss after every step.
+        warmup_epochs: Epochs in which the learning rate rises; see `trainers.recipe.Warmup`.
+        mixup: See `trainers.recipe.build_mix`, as is cutmix.
+        cutmix: See there.
+        ema: Decay of the average that is evaluated and saved; 0: the weights are.
+        num_classes: Number of classes.
+        sample_shape: Shape of a sample.
+        steps_per_epoch: Steps of an epoch.
 
     Under torchrun every process takes its part of each batch (DistributedDataParallel); gradients
     are those of the mean over the whole batch, whether or not it divides.
@@ -234,13 +249,21 @@ class GradientTrainer(Trainer):
         sync_bn: bool = False,
         fsdp: bool = False,
         debug_nan: bool = False,
+        warmup_epochs: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        ema: float = 0.0,
+        num_classes: int = 1,
+        sample_shape: Sequence[int] = (),
+        steps_per_epoch: int = 1,
     ) -> None:
         super().__init__(model, task, device=device)
+        self.debug_nan, self.num_classes = debug_nan, num_classes
+        self.mix = build_mix(mixup, cutmix, num_classes, sample_shape)
         self.network: nn.Module = model  # what a batch goes through
         self.totals = ranks.Totals()
         if ranks.initialised():
             self._join(sync_bn, fsdp)
-        self.debug_nan = debug_nan
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
         self.accum_steps = accum_steps
         self._build_optimizer = partial(
@@ -260,6 +283,8 @@ class GradientTrainer(Trainer):
             lr_gamma=lr_gamma,
             lr_final=lr_final,
         )
+        self.warmup = Warmup(self.optimizer, round(warmup_epochs * steps_per_epoch))
+        self.average = build_average(model, ema)
         self.scaler = torch.amp.GradScaler("cuda", enabled=use_amp and device.type == "cuda")
         self._losses: list[Tensor] = []
 
@@ -275,7 +300,8 @@ class GradientTrainer(Trainer):
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
-        """Refuse to compile without a compiler, and what several processes cannot do."""
+        """Refuse what cannot work: a recipe, several processes, compiling without a compiler."""
+        check_recipe(values, task_name)
         processes = world_size()
         if processes > 1 and values["sync_bn"] and values["accum_steps"] > 1:
             raise ValueError(
@@ -286,6 +312,7 @@ class GradientTrainer(Trainer):
         if processes > 1 and values["fsdp"]:
             for other, why in (
                 ("use_compiled", "a compiled network would hold on to gathered parameters"),
+                ("ema", "the average would be of one process's part of the weights"),
                 ("use_amp", "loss scaling would see one process's part of the gradients"),
             ):
                 if values[other]:
@@ -299,13 +326,24 @@ class GradientTrainer(Trainer):
     @classmethod
     def copies(cls, values: Mapping[str, Any]) -> int:
         """Return how often training holds the parameters: themselves, gradients, states."""
-        return 3 if values["optimizer"] == "sgd" else 4
+        return (3 if values["optimizer"] == "sgd" else 4) + (values["ema"] > 0)
 
     @classmethod
     def prepare(cls, model: nn.Module, values: Mapping[str, Any]) -> None:
-        """Compile the model, if that is asked for."""
+        """Order the model's memory and compile it, if that is asked for."""
+        if values["channels_last"]:
+            set_channels_last(model)
         if values["use_compiled"]:
             compile_model(model, values["compile_mode"])
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved: the average, if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def loader_options(self, batch_size: int) -> dict[str, Any]:
+        """Shuffle, and mix the samples of a batch, if that is asked for."""
+        return {"shuffle": True} | ({} if self.mix is None else {"mix": self.mix})
 
     def step(self, batch: Any, share: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
         """Take one gradient step; return per-sample metrics (B,).
@@ -335,7 +373,7 @@ class GradientTrainer(Trainer):
             with self._apart(number < len(parts)):
                 with autocast(self.device, self.amp):
                     outputs = self.network(x)
-                    loss = self.task.loss(outputs, y)
+                    loss = self.task.objective(outputs, y)
                 factor = weight * len(x) / len(inputs)
                 self.scaler.scale(loss if factor == 1 else loss * factor).backward()
             losses.append(loss.detach() * (len(x) / len(inputs)))
@@ -344,8 +382,11 @@ class GradientTrainer(Trainer):
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+        with self.warmup.step():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self._losses.append(loss)
         if not counts:
@@ -404,6 +445,8 @@ class GradientTrainer(Trainer):
     def end_batches(self) -> None:
         """Let all processes evaluate with the same statistics of batch norm: the first one's."""
         ranks.broadcast_module(self.model, buffers_only=True)
+        if self.average is not None:
+            ranks.broadcast_module(self.average.module, buffers_only=True)
 
     def sound(self, epoch: int, step: int) -> None:
         """Raise TrainingError if a parameter or buffer is not finite, in any process."""
@@ -433,11 +476,32 @@ class GradientTrainer(Trainer):
 
     def columns(self) -> dict[str, float]:
         """Return the learning rate."""
-        return {"lr": self.optimizer.param_groups[0]["lr"]}
+        return {"lr": self.warmup.rate}
+
+    def measure(self, trained: Pass, evaluate: Any, sets: Mapping[str, Any]) -> Measured:
+        """Evaluate and word an epoch; say what helps if the first one's loss was very large."""
+        measured = super().measure(trained, evaluate, sets)
+        blind, loss = self.task.blind_loss(self.num_classes), trained.metrics.get("loss")
+        if trained.epoch == 1 and blind is not None and loss is not None and loss > 2 * blind:
+            rate = self.optimizer.param_groups[0]["lr"]
+            warmer = "" if self.warmup.steps else "--warmup_epochs 1, or "
+            measured.lines.append(
+                f"note: guessing among {self.num_classes} classes has a loss of {blind:.2f}, and "
+                f"the first epoch had {loss:.2f}: its steps were too large. What helps: {warmer}a "
+                f"smaller --lr, say {rate / 10:g}."
+            )
+        return measured
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimizer, schedule and loss scaling."""
-        return {
+        """Return the state of optimizer, schedule, loss scaling and warm-up.
+
+        Where an average is evaluated and saved, the weights that are trained stand here too.
+        """
+        state: dict[str, Any] = {"steps": self.warmup.done}
+        if self.average is not None:
+            state["averaged"] = int(self.average.n_averaged)
+            state["weights"] = self.model.state_dict()
+        return state | {
             "optimizer": ranks.whole(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else _plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(),
@@ -471,6 +535,14 @@ class GradientTrainer(Trainer):
         if self.scaler.is_enabled() and state["scaler"]:
             check_form(state["scaler"], self.scaler.state_dict(), "scaler")
             self.scaler.load_state_dict(state["scaler"])
+        steps = state.get("steps", 0)
+        check_form(steps, 0, "trainer['steps']")
+        self.warmup.done = steps
+        if self.average is not None:
+            check_form(state["averaged"], 0, "trainer['averaged']")
+            check_form(state["weights"], dict(self.model.state_dict()), "trainer['weights']")
+            self.average.n_averaged.fill_(state["averaged"])
+            self.model.load_state_dict(state["weights"])
 
     def _own_parts(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return an optimizer's state with this process's parts of what is in parts."""

@@ -92,6 +92,11 @@ class GrowthTrainer(Trainer):
                 f"which becomes centers (--batch_size {values['batch_size']}). Raise the one or "
                 "lower the other."
             )
+        if values["prune"] and values["save"] not in ("last", "both"):
+            raise ValueError(
+                f"--prune writes pruned.pt beside last.pt, and --save {values['save']} keeps no "
+                "last.pt. Use --save last."
+            )
         predictor, kernel = values["predictor"], values["kernel_type"]
         if values["prune"] and (predictor != "interp" or kernel == "influence_cone"):
             raise ValueError(

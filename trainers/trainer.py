@@ -1,5 +1,6 @@
 """The protocol of a trainer: what the loop asks of every way to learn."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,6 +114,11 @@ class Trainer:
         """Return how many samples a loader hands over at a time, given ``--batch_size``."""
         return batch_size
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved."""
+        return self.model
+
     def check_set(self, num_samples: int, batch_size: int) -> None:
         """Refuse a training set that this way of training cannot learn from.
 
@@ -184,6 +190,7 @@ class Trainer:
         times = {
             "epoch": trained.epoch,
             "seconds": seconds,
+            "train_seconds": trained.seconds,
             "train_samples_per_second": throughput,
         }
         return Measured(measured, [row], [line], [times])
@@ -212,7 +219,7 @@ class Trainer:
             return []
         average = sum(row["seconds"] for row in progress.times) / len(progress.times)
         lines = [
-            f"Average Epoch Time: {average:.4f}s",
+            f"Average Epoch Time: {average:.4f}s{self.pace(progress)}",
             self.best_line(progress.best_value, f"Epoch {progress.best_epoch}"),
         ]
         if held_out is None:
@@ -221,6 +228,17 @@ class Trainer:
                 "--val_split chooses it on held-out training data."
             )
         return lines
+
+    @staticmethod
+    def pace(progress: Progress) -> str:
+        """Word the part of the epochs' time that went into training, and samples per second."""
+        known = (row for row in progress.times if "train_seconds" in row)
+        rows = [row for row in known if math.isfinite(row["train_seconds"])]
+        seconds = sum(row["train_seconds"] for row in rows)
+        if not seconds:  # the run began before this was measured
+            return ""
+        samples = sum(row["train_seconds"] * row["train_samples_per_second"] for row in rows)
+        return f" (training {seconds / len(rows):.4f}s, {samples / seconds:.0f} samples/s)"
 
     def finish(self, data: Any, run: RunFolder, evaluate: Any) -> tuple[dict[str, Any], list[str]]:
         """End a run: return results for the caller, and lines."""
@@ -238,18 +256,18 @@ class Trainer:
         return None
 
     def model_state(self) -> dict[str, Tensor]:
-        """Return the model's state."""
-        return self.model.state_dict()
+        """Return the state of the model that is evaluated."""
+        return self.evaluated.state_dict()
 
     def load_model(self, checkpoint: Mapping[str, Any]) -> None:
         """Take back the model's state; a mismatch is a ValueError."""
-        load_weights(self.model, checkpoint)
+        load_weights(self.evaluated, checkpoint)
 
     def load_best(self, checkpoint: Mapping[str, Any] | None) -> None:
         """Take, in all processes, the weights that the first one has read."""
         if checkpoint is not None:
             self.load_model(checkpoint)
-        ranks.broadcast_module(self.model)
+        ranks.broadcast_module(self.evaluated)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model that a resumed run needs."""
