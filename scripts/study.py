@@ -43,6 +43,15 @@ TRANSFORMER = (
     "--model vit_tiny --resize 20 --patch_size 2 --num_layers 4 --num_heads 2 --d_hidden 24 "
     "--d_mlp 48 --pos_encoding learned"
 )
+CIFAR = (
+    "--dataset npz --data_path Data/cifar10.npz --resize 16 --limit_train 5000 --val_split 0.1 "
+    "--device cpu --batch_size 64 --num_epochs 6 --optimizer adam --lr 3e-3 --scheduler cosine"
+)
+NETWORK = "--model convnet --depth 4 --pool_after 2"
+TOKENS = (
+    "--model vit_tiny --patch_size 4 --num_layers 2 --num_heads 3 --d_hidden 24 --d_mlp 96 "
+    "--dropout 0 --weight_decay 1e-6"
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,25 @@ RIVALS = {
     "Conv2d, pooled twice": "--layer Conv2d --width 24 --pool_after 1,2",
     "ConvNN_Attn": "--layer ConvNN_Attn --width 31",
     "Branching_Attn": "--layer Branching_Attn --width 23",
+}
+
+FAMILY = {
+    "Conv2d": f"{NETWORK} --layer Conv2d --width 24",
+    "Conv2d_New, Loc_Col": f"{NETWORK} --layer Conv2d_New --width 23 --aggregation_type Loc_Col",
+    "ConvNN, Col": f"{NETWORK} --layer ConvNN --width 24",
+    "ConvNN, Loc_Col": (
+        f"{NETWORK} --layer ConvNN --width 23 --similarity_type Loc_Col --aggregation_type Loc_Col"
+    ),
+    "ConvNN_Attn": f"{NETWORK} --layer ConvNN_Attn --width 31",
+    "Branching": f"{NETWORK} --layer Branching --width 22",
+    "Branching_Attn": f"{NETWORK} --layer Branching_Attn --width 23",
+    "ViT, Attention": f"{TOKENS} --layer Attention",
+    "ViT, ConvNNAttention": f"{TOKENS} --layer ConvNNAttention",
+    "ViT, KvtAttention": f"{TOKENS} --layer KvtAttention",
+    "ViT, LocalAttention": f"{TOKENS} --layer LocalAttention --window_size 4",
+    "ViT, NeighborhoodAttention": f"{TOKENS} --layer NeighborhoodAttention",
+    "ViT, BranchConv": f"{TOKENS} --layer BranchConv --d_mlp 112",
+    "ViT, BranchAttention": f"{TOKENS} --layer BranchAttention --d_mlp 112",
 }
 
 STUDIES = {
@@ -148,6 +176,13 @@ STUDIES = {
         "about 2 minutes on one thread",
         f"{SMALL} --dataset npz --data_path Data/cifar10.npz --resize 16 --limit_train 5000",
         {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
+    ),
+    "family": Study(
+        "Everything that looks at the most similar, on 5,000 images of CIFAR-10 at 16 x 16 (from "
+        "an .npz file), at equal epochs and about 16,000 parameters",
+        "about 6 minutes on one thread",
+        CIFAR,
+        FAMILY,
     ),
     "branch_ratio": Study(
         "Which part of the channels should neighbors make? (published: 0.5 on CIFAR-10)",
