@@ -137,8 +137,8 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT)",
-            choices=tuple(name for table in LAYER_KINDS.values() for name in table),
+            "what takes the place of every convolution (VGG, ResNet, ...) or attention (ViT)",
+            choices=tuple(dict.fromkeys(name for table in LAYER_KINDS.values() for name in table)),
             fixed=True,
         ),
         Option("dataset", "cifar10", "dataset", choices=tuple(DATASETS)),

@@ -99,6 +99,7 @@ class DynamicNetwork(nn.Module):
     }
     family, tasks = "Dynamic", ("classification", "approximation", "language")
     training, uses_layer, min_input_size = "growth", False, 1
+    inputs = ("images", "signals")
 
     def __init__(
         self,
