@@ -303,6 +303,8 @@ def build_model(values: Mapping[str, Any], choice: Choice, sizes: Mapping[str, A
         "num_steps": values["num_epochs"] * -(-sizes.get("num_samples", 0) // values["batch_size"]),
         **sizes,
     }
+    if choice.trainer_type.features is not None:
+        known["features"] = values[choice.trainer_type.features]
     if choice.model_type.uses_layer:
         known["layer"] = build_layer(values, choice)
     wanted = set(inspect.signature(builder).parameters)

@@ -522,7 +522,7 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
                 f"--{trainer.features} {spec} is for classification: --dataset {choice.dataset} "
                 "is learnt as it is."
             )
-        check_features(f"--{trainer.features}", spec)
+        check_features(f"--{trainer.features}", spec, learns=trainer.learns_features)
     rehearse_run(values, choice)
     if idle := sorted(given - choice.read_options()):
         print(f"note: no effect with {choice}: {', '.join(f'--{name}' for name in idle)}.")

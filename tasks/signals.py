@@ -52,20 +52,22 @@ class MNIST1DOptions(Options):
     title = "Generated signals (mnist1d)"
     num_train: int = option(4000, "generated training signals", least=1, most=10**7)
     num_test: int = option(1000, "generated test signals", least=1, most=10**7)
-    scale: float = option(
+    scale_coeff: float = option(
         0.4, "mnist1d: heights are multiplied by 1 ± half of this", least=0, most=2
     )
-    shift: int = option(48, "mnist1d: positions that a digit may begin at", least=1, most=72)
-    corr_noise: float = option(
+    max_translation: int = option(
+        48, "mnist1d: positions that a digit may begin at", least=1, most=72
+    )
+    corr_noise_scale: float = option(
         0.25, "mnist1d: strength of the correlated noise beside the digit", least=0, most=100
     )
-    iid_noise: float = option(
+    iid_noise_scale: float = option(
         0.02, "mnist1d: standard deviation of the white noise on every sample", least=0, most=100
     )
-    shear: float = option(
+    shear_scale: float = option(
         0.75, "mnist1d: the slope added along a signal is up to half of this", least=0, most=100
     )
-    length: int = option(40, "mnist1d: samples of a signal in the end", least=2, most=65536)
+    seq_length: int = option(40, "mnist1d: samples of a signal in the end", least=2, most=65536)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def draw_mnist1d(
 
     A digit of 12 samples is padded by 36 to 60 zeros and stretched to 72 samples, scaled, and moved
     to the right, round the end. Correlated noise fills what is no digit, white noise comes on top;
-    a slope is added, and the signal is read at `length` places.
+    a slope is added, and the signal is read at `seq_length` places.
 
     Args:
         count: Number of signals.
@@ -136,7 +138,7 @@ def draw_mnist1d(
         generator: What draws.
 
     Returns:
-        Signals (count, 1, length) float32 and labels (count,): the digits in turn, shuffled.
+        Signals (count, 1, seq_length) float32 and labels (count,): the digits in turn, shuffled.
     """
 
     def uniform(*shape: int) -> Tensor:
@@ -148,19 +150,19 @@ def draw_mnist1d(
     padding = FEWEST_PADDING + (uniform(count) * (MOST_PADDING - FEWEST_PADDING + 1)).floor()
     places = evenly(side, digit + padding - 1)
     x = read_between(F.pad(templates()[labels], (0, MOST_PADDING)), places)
-    x = x * (1 + options.scale * (uniform(count, 1) - 0.5))
-    shift = torch.randint(options.shift, (count, 1), generator=generator)
+    x = x * (1 + options.scale_coeff * (uniform(count, 1) - 0.5))
+    shift = torch.randint(options.max_translation, (count, 1), generator=generator)
     moved = (torch.arange(side) - shift) % side
     x, inside = x.gather(1, moved), (places < digit).gather(1, moved)
     white = torch.randn(
         count, side + 2 * round(4 * NOISE_SIGMA), generator=generator, dtype=torch.float64
     )
-    x = torch.where(inside, x, options.corr_noise * smoothed(white))
-    x = x + options.iid_noise * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    slope = options.shear * (uniform(count, 1) - 0.5)
+    x = torch.where(inside, x, options.corr_noise_scale * smoothed(white))
+    x = x + options.iid_noise_scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    slope = options.shear_scale * (uniform(count, 1) - 0.5)
     x = x - slope * torch.linspace(-0.5, 0.5, side, dtype=torch.float64)
     ends = torch.full((count,), side - 1.0, dtype=torch.float64)
-    return read_between(x, evenly(options.length, ends)).float()[:, None], labels
+    return read_between(x, evenly(options.seq_length, ends)).float()[:, None], labels
 
 
 def build_mnist1d(
@@ -413,13 +415,13 @@ def class_numbers(
             return 1, 0.0, label
 
     names = sorted(set(labels[0]), key=order)
+    if len(names) < 2:
+        raise DataError(f"{paths[0]} has one class alone, {names[0]}: there is nothing to learn.")
     if unknown := set(labels[1]) - set(names):
         raise DataError(
             f"{paths[1]} has the class {min(unknown, key=order)}, which {paths[0]} lacks: it has "
             f"{', '.join(names[:20])}."
         )
-    if len(names) < 2:
-        raise DataError(f"{paths[0]} has one class alone, {names[0]}: there is nothing to learn.")
     numbers = {name: number for number, name in enumerate(names)}
     return [torch.tensor([numbers[label] for label in part]) for part in labels], names
 
