@@ -263,7 +263,7 @@ def test_gaps_are_refused_or_bridged(tmp_path):
         (TRAIN, "7\t1\t2\t3\n", "has the class 7, which"),
         ("1\t1\tx\n", TEST, "line 1, holds a word that is no number"),
         ("", TEST, "holds no signals"),
-        ("1\tNaN\tNaN\n2\t1\t2\n", TEST, "signal 1 has no values"),
+        ("1\tNaN\tNaN\n-1\t1\t2\n", TEST, "signal 1 has no values"),
         ("1\tinf\t2\n2\t1\t2\n", TEST, "row 1 is infinite"),
     ],
 )
