@@ -1,21 +1,27 @@
-"""What a training step of each setting of a study costs: called by `study.py --cost`.
+"""What a training step costs, of some command lines side by side; `study.py --cost` uses it too.
+
+    python scripts/study_costs.py "--model convnet --dataset digits" "--model vit_tiny --resize 32"
 
 Everything is measured in one process on one thread, a step of every setting in turn and all over
 again, so that what disturbs the machine disturbs all alike; the median counts. Memory is the peak
 of a step above what the process holds before it (Linux).
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
 import math
 import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from builders import build_model, build_task, chosen, load_data
 from commandline import build_parser, parse_arguments
@@ -36,14 +42,19 @@ def measure_costs(commands: dict[str, str], rounds: int) -> list[dict[str, Any]]
 
     Returns:
         A row a setting: setting, parameters, mflops (of one sample, forward), step_ms (median of
-        a training step), quartiles of it, and step_mib.
+        a training step), quartiles of it, and step_mib. Settings that cannot be built are named
+        and left out.
     """
     torch.set_num_threads(1)
     register_flop_formulas()
     steps, rows, data = {}, {}, {}
     for setting, flags in commands.items():
-        step, row = prepare(flags, data)
-        row["step_mib"] = peak_of(step)
+        try:
+            step, row = prepare(flags, data)
+            row["step_mib"] = peak_of(step)
+        except (SystemExit, ValueError, RuntimeError) as error:  # the others are measured
+            print(f"{setting} cannot be measured ({type(error).__name__}: {error})")
+            continue
         steps[setting], rows[setting] = step, {"setting": setting, **row}
     times: dict[str, list[float]] = {setting: [] for setting in steps}
     for _ in range(rounds):
@@ -109,3 +120,19 @@ def resident(kind: str) -> float:
         return int(found[kind].split()[0]) / 1024
     except (OSError, KeyError):
         return math.nan
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("commands", nargs="+", metavar="FLAGS", help="flags of a run, in quotes")
+    parser.add_argument("--rounds", type=int, default=15, help="steps that are timed")
+    args = parser.parse_args(argv)
+    for row in measure_costs({flags: flags for flags in args.commands}, args.rounds):
+        setting = row.pop("setting")
+        print(setting, *(f"{name} {value:.4g}" for name, value in row.items()), sep="  ")
+
+
+if __name__ == "__main__":
+    main()
