@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from checkpoints import CheckpointError, check_form
 from run_folder import TrainingError
+from trainers.gradient import build_optimizer, load_optimizer
 
 __all__ = ["VoteLearner"]
 
@@ -43,7 +45,10 @@ class VoteLearner:
         self.transform, self.task, self.device = transform, task, device
         self.epochs, self.lr, self.temperature = epochs, lr, temperature
         self.epoch = 0
-        self.optimizer = torch.optim.AdamW(transform.parameters(), lr, weight_decay=1e-4)
+        self.optimizer = self._build_optimizer(transform)
+
+    def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(module, "adamw", lr=self.lr, weight_decay=1e-4, momentum=0)
 
     @property
     def finished(self) -> bool:
@@ -101,6 +106,16 @@ class VoteLearner:
         return {"epoch": self.epoch, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            CheckpointError: If an entry is of another form.
+        """
+        check_form(state["epoch"], 0, "trainer['learner']['epoch']")
+        if not 0 <= state["epoch"] < self.epochs:
+            raise CheckpointError(
+                f"its features are not learnt and it has gone through {state['epoch']} of "
+                f"{self.epochs} passes."
+            )
+        load_optimizer(self.optimizer, state["optimizer"], self._build_optimizer)
         self.epoch = state["epoch"]
-        self.optimizer.load_state_dict(state["optimizer"])
