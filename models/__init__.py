@@ -20,7 +20,8 @@
 
 Beside its options a constructor takes, by their names, what it must know of data and run:
 `in_channels`, `image_size`, `num_classes`, `num_inputs`, `num_outputs`, `tolerance`, `batch_size`,
-`num_passes`, `num_steps`, and `layer`. A new model is a file and a row.
+`num_passes`, `num_steps`, `layer`, and `features` (what samples are replaced by: "raw", ...). A new
+model is a file and a row.
 """
 
 from collections.abc import Callable
