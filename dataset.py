@@ -747,7 +747,7 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 
 
 class FeatureArray(Dataset):
-    """Samples in memory as they are: features (N, D) and targets (N, ...)."""
+    """Samples in memory as they are: features (N, ...) and targets (N, ...)."""
 
     def __init__(self, features: Tensor, targets: Tensor) -> None:
         self.features, self.labels = features, targets

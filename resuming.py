@@ -65,7 +65,7 @@ def check_place(place: Any, epoch: int) -> None:
     sums = place["sums"]
     like["sums"] = dict.fromkeys(sums, torch.zeros((), dtype=torch.float64))
     check_form(place, like, "place")
-    if place["epoch"] != epoch + 1 or place["step"] < 1 or place["count"] < 0:
+    if place["epoch"] != epoch + 1 or place["step"] < 0 or place["count"] < 0:
         raise CheckpointError(
             f"its place, step {place['step']} of epoch {place['epoch']}, does not follow epoch "
             f"{epoch}."

@@ -34,6 +34,7 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "compile_model",
+    "load_optimizer",
 ]
 
 
@@ -513,19 +514,8 @@ class GradientTrainer(Trainer):
         Raises:
             CheckpointError: If an entry is of another form.
         """
-        groups = self.optimizer.state_dict()["param_groups"]
-        check_form(
-            [group["params"] for group in state["optimizer"]["param_groups"]],
-            [group["params"] for group in groups],
-            "optimizer['param_groups']",
-        )
-        self.optimizer.load_state_dict(self._own_parts(state["optimizer"]))
-        for number, group in enumerate(groups):
-            self.optimizer.param_groups[number]["fused"] = group["fused"]  # as it suits this run
-            found = self.optimizer.state_dict()["param_groups"][number]
-            known = {name: found.get(name) for name in group}  # PyTorch's versions add some
-            check_form(known, group, f"optimizer['param_groups'][{number}]")
-        check_optimizer_state(self.optimizer, self._build_optimizer)
+        stored = self._own_parts(state["optimizer"])
+        load_optimizer(self.optimizer, stored, self._build_optimizer)
         if self.scheduler is not None:
             own = self.scheduler.state_dict()
             stored = {**_plain(own), **state["scheduler"]}
@@ -557,6 +547,36 @@ class GradientTrainer(Trainer):
             for number, values in state["state"].items()
         }
         return {**state, "state": own}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    build: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    """Load the state of an optimizer, and refuse one that it could not go on with.
+
+    Args:
+        optimizer: The optimizer, as it was built.
+        state: What its ``state_dict`` returned.
+        build: Builds one like it, see :func:`check_optimizer_state`.
+
+    Raises:
+        CheckpointError: If an entry is of another form.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    check_form(
+        [group["params"] for group in state["param_groups"]],
+        [group["params"] for group in groups],
+        "optimizer['param_groups']",
+    )
+    optimizer.load_state_dict(state)
+    for number, group in enumerate(groups):
+        optimizer.param_groups[number]["fused"] = group["fused"]  # as it suits this run
+        found = optimizer.state_dict()["param_groups"][number]
+        known = {name: found.get(name) for name in group}  # PyTorch's versions add some
+        check_form(known, group, f"optimizer['param_groups'][{number}]")
+    check_optimizer_state(optimizer, build)
 
 
 def check_optimizer_state(
