@@ -538,7 +538,7 @@ def check_folder(folder: Path, *, reads: bool) -> None:
 
 
 def check_rows(choice: Choice) -> None:
-    """Refuse a model that cannot do the task, or a task that the data set does not serve."""
+    """Refuse a model for another task or kind of samples, or a task that the data do not serve."""
     tasks, served = choice.model_type.tasks, choice.entry.tasks
     if choice.task not in served:
         raise ValueError(
@@ -559,6 +559,20 @@ def check_rows(choice: Choice) -> None:
             f"{choice.dataset}. Datasets for {choice.model}: {', '.join(fits)}. "
             f"Models for {choice.dataset}: {', '.join(able) or 'none'}."
         )
+    kind = choice.entry.inputs
+    if kind not in inputs_of(choice.model):
+        fits = [name for name, row in DATASETS.items() if row.inputs in inputs_of(choice.model)]
+        able = [name for name in MODELS if kind in inputs_of(name)]
+        raise ValueError(
+            f"--model {choice.model} takes {' and '.join(inputs_of(choice.model))}, and --dataset "
+            f"{choice.dataset} has {kind}. Datasets for {choice.model}: {', '.join(fits)}. "
+            f"Models for {choice.dataset}: {', '.join(able) or 'none'}."
+        )
+
+
+def inputs_of(model: str) -> tuple[str, ...]:
+    """Return the kinds of samples that a model classifies."""
+    return getattr(model_class(model), "inputs", ("images",))
 
 
 def takes_layer(model_type: type[torch.nn.Module], layer: str) -> bool:

@@ -5,7 +5,9 @@ its `layer_kind` ("maps" where it says nothing). A table maps the names users gi
 which the fields of their `Options` configure as further keywords (by `functools.partial`):
 
 - "maps", `LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, on maps (B, C, H, W);
-- "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C).
+- "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C);
+- "graph", `GRAPH_LAYERS`: `layer(in_channels=, out_channels=)`, nodes (B, N, C) and the neighbors
+  of each (B, N, K) -> (B, N, O).
 
 A new layer is a file and a row.
 """
@@ -24,6 +26,7 @@ from layers.branching import (
 from layers.conv import Conv1d_New, Conv2d_New, same_conv
 from layers.convnn import Conv1d_NN, Conv2d_NN
 from layers.coordinates import add_coordinates, coordinate_channels
+from layers.graph import GIN, EdgeConv, GraphSAGE, MaxRelative
 from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
 from layers.tokens import (
     Attention,
@@ -36,6 +39,8 @@ from layers.tokens import (
 )
 
 __all__ = [
+    "GIN",
+    "GRAPH_LAYERS",
     "LAYERS",
     "LAYER_KINDS",
     "TOKEN_LAYERS",
@@ -53,8 +58,11 @@ __all__ = [
     "Conv2d_NN_Attn",
     "Conv2d_New",
     "ConvNNAttention",
+    "EdgeConv",
+    "GraphSAGE",
     "KvtAttention",
     "LocalAttention",
+    "MaxRelative",
     "NeighborhoodAttention",
     "PixelShuffle1D",
     "PixelUnshuffle1D",
@@ -82,7 +90,15 @@ TOKEN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "BranchAttention": BranchAttention,
 }
 
+GRAPH_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "MaxRelative": MaxRelative,
+    "EdgeConv": EdgeConv,
+    "GraphSAGE": GraphSAGE,
+    "GIN": GIN,
+}
+
 LAYER_KINDS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "maps": LAYERS,
     "tokens": TOKEN_LAYERS,
+    "graph": GRAPH_LAYERS,
 }

@@ -10,6 +10,8 @@
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
 - `layer_kind` (if it says so): the table of `layers.LAYER_KINDS` its layers come from; else "maps";
+- `inputs` (if it says so): a tuple of the kinds of samples that it classifies, among "images" and
+  "points"; else images;
 - `min_input_size`: the smallest side of an image it accepts;
 - `Options`: its options, which its constructor takes as keywords;
 - `defaults`, `task_defaults` (if there are any): defaults of options of others that differ for it,
@@ -30,6 +32,7 @@ from models.cnnet import CNNet
 from models.convert import ForeignNetwork, convert
 from models.convnet import ConvNet
 from models.densenet import DenseNet
+from models.dgcnn import DGCNN
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
@@ -37,9 +40,11 @@ from models.n3net import PRESETS, N3Net
 from models.resnet import ResBlock, ResNet
 from models.unet import UNet
 from models.vgg import VGG
+from models.vig import PyramidViG, ViG
 from models.vit import ViT
 
 __all__ = [
+    "DGCNN",
     "MODELS",
     "PRESETS",
     "VGG",
@@ -51,9 +56,11 @@ __all__ = [
     "ForeignNetwork",
     "KNNClassifier",
     "N3Net",
+    "PyramidViG",
     "ResBlock",
     "ResNet",
     "UNet",
+    "ViG",
     "ViT",
     "convert",
     "model_class",
@@ -76,6 +83,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
     "vit_tiny": partial(ViT, size="tiny"),
     "vit_small": partial(ViT, size="small"),
+    "vig_tiny": ViG,
+    "pvig_tiny": PyramidViG,
+    "dgcnn": DGCNN,
     "unet": UNet,
     "dncnn": DnCNN,
     "n3net": N3Net,

@@ -55,6 +55,7 @@ def edge_max(
     b: Tensor,
     indices: Tensor,
     norm: torch.nn.BatchNorm1d | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Return max_k norm(a[m] + b[indices[m, k]]) by channel: an edge convolution before its ReLU.
 
@@ -68,36 +69,53 @@ def edge_max(
         b: (B, N, C), of the keys.
         indices: (B, M, K).
         norm: Batch norm over the edges; its running statistics are brought up to date.
+        present: (B, M) bool, the queries that are there: edges of others count in no statistics,
+            and their rows become zeros. None: all.
 
     Returns:
         (B, M, C).
     """
     indices = _check(b, indices)
     if norm is None:
-        return a + max_neighbors(b, indices)
+        best = a + max_neighbors(b, indices)
+        return best if present is None else best * present[..., None]
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(b.dtype)
     best = a + max_neighbors(b * sign, indices) * sign
     if norm.training or norm.running_mean is None:
-        mean, variance = _edge_statistics(a, b, indices)
+        share = None if present is None else present.to(b.dtype)[..., None]
+        edges = indices.numel() if share is None else int(present.sum()) * indices.shape[-1]
+        mean, variance = _edge_statistics(a, b, indices, share, edges)
         if norm.training and norm.track_running_stats:
-            _track(norm, mean.detach(), variance.detach(), indices.numel())
+            _track(norm, mean.detach(), variance.detach(), edges)
     else:
         mean, variance = norm.running_mean, norm.running_var
     scale = norm.weight * (variance + norm.eps).rsqrt()
-    return (best - mean) * scale + norm.bias
+    y = (best - mean) * scale + norm.bias
+    return y if present is None else y * present[..., None]
 
 
-def _edge_statistics(a: Tensor, b: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) of a[m] + b[j] over all edges, with gradients; a, b are centered."""
+def _edge_statistics(
+    a: Tensor, b: Tensor, indices: Tensor, there: Tensor | None, edges: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of a[m] + b[j] over all edges, with gradients; a, b are centered.
+
+    Args:
+        a: (B, M, C).
+        b: (B, N, C).
+        indices: (B, M, K).
+        there: (B, M, 1), 1 for queries whose edges count and 0 for others; None: all count.
+        edges: Number of edges that count.
+    """
     K = indices.shape[-1]
     counts = torch.zeros(b.shape[:2], dtype=b.dtype, device=b.device)
-    ones = counts.new_ones(1).expand(indices.shape[0], indices[0].numel())
-    counts.scatter_add_(1, indices.flatten(1), ones)
-    counts = (counts / indices.numel())[..., None]  # share of the edges that end in each key
-    mean_a, mean_b = a.mean((0, 1)), (counts * b).sum((0, 1))
+    ones = counts.new_ones(1, 1, 1) if there is None else there
+    counts.scatter_add_(1, indices.flatten(1), ones.expand(indices.shape).flatten(1))
+    counts = (counts / edges)[..., None]  # share of the edges that end in each key
+    begins = (K / edges) * (1 if there is None else there)  # and that begin in each query
+    mean_a, mean_b = (begins * a).sum((0, 1)), (counts * b).sum((0, 1))
     a, b = a - mean_a, b - mean_b
-    cross = (a * sum_neighbors(b, indices)).mean((0, 1)) / K
-    variance = a.square().mean((0, 1)) + 2 * cross + (counts * b.square()).sum((0, 1))
+    cross = (begins * a * sum_neighbors(b, indices)).sum((0, 1)) / K
+    variance = (begins * a.square()).sum((0, 1)) + 2 * cross + (counts * b.square()).sum((0, 1))
     return mean_a + mean_b, variance.clamp(min=0)
 
 
