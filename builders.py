@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from checkpoints import load_checkpoint, load_weights
 from dataset import Data, DataError, DataOptions, image_side
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
@@ -23,13 +24,7 @@ from ranks import world_size
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
 from tasks.features import load_features
 from trainers import TRAINERS, Trainer
-from utils import (
-    describe_model,
-    load_checkpoint,
-    load_weights,
-    lonely_norms,
-    memory_size,
-)
+from utils import describe_model, lonely_norms, memory_size
 
 __all__ = [
     "Choice",

@@ -21,6 +21,7 @@ from builders import (
     rehearse_run,
     without_rows,
 )
+from checkpoints import CheckpointError, load_checkpoint, read_weights
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from options import (
@@ -37,17 +38,11 @@ from options import (
     whole_numbers,
 )
 from ranks import world_size
+from run_folder import RunFolder
 from tasks import DATASETS, TASKS
 from tasks.features import check_features
 from trainers import TRAINERS
-from utils import (
-    CheckpointError,
-    RunFolder,
-    load_checkpoint,
-    parse_args_text,
-    read_text_file,
-    read_weights,
-)
+from utils import parse_args_text, read_text_file
 
 __all__ = ["build_parser", "check_arguments", "parse_arguments", "resolve_device"]
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from utils import RunFolder, content_digest, write_text
+from checkpoints import content_digest
+from run_folder import RunFolder
+from utils import write_text
 
 __all__ = ["describe_environment", "fingerprint", "record_start"]
 

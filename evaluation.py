@@ -11,9 +11,7 @@ from tqdm import tqdm
 
 import faults
 import ranks
-from utils import (
-    autocast,
-)
+from utils import autocast
 
 __all__ = ["Averages", "Evaluation", "evaluate", "watched"]
 

@@ -44,6 +44,14 @@ from builders import (
     load_data,
     rehearse_run,
 )
+from checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    read_weights,
+    save_checkpoint,
+)
 from commandline import (
     build_parser,
     check_arguments,
@@ -58,24 +66,11 @@ from options import (
     flagged,
 )
 from ranks import distributed, gather, in_agreement, initialised, leave_together, world_size
+from run_folder import RunFolder, TrainingError
 from tasks import Task
 from tasks.inspection import inspect_data
 from train_eval import Evaluation, Run, dry_run, test, train
-from utils import (
-    CheckpointError,
-    RunFolder,
-    TrainingError,
-    WriteError,
-    count_parameters,
-    format_args,
-    load_checkpoint,
-    load_pretrained,
-    load_weights,
-    read_weights,
-    save_checkpoint,
-    seed_everything,
-    write_text,
-)
+from utils import WriteError, count_parameters, format_args, seed_everything, write_text
 
 __all__ = ["build_parser", "main"]
 

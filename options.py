@@ -1,9 +1,9 @@
 """What an option is: declared once, beside what it configures.
 
 A class that users configure has an `Options`: a frozen dataclass whose fields are made by
-:func:`option`. From these fields come the command line with its help, the README's tables, bounds
-and choices, what has no effect in a run, what a checkpoint fixes, and what `model.txt` shows.
-Constructors keep explicit keywords and check them by building their `Options`.
+:func:`option`. From these fields come the command line with its help, the tables of docs/flags.md,
+bounds and choices, what has no effect in a run, what a checkpoint fixes, and what `model.txt`
+shows. Constructors keep explicit keywords and check them by building their `Options`.
 
 This file imports nothing of ours.
 """

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import ranks
+from checkpoints import CheckpointError, load_weights
 from evaluation import Averages
-from utils import (
-    CheckpointError,
-    Progress,
-    get_random_state,
-    load_weights,
-    set_random_state,
-)
+from run_folder import Progress
+from utils import get_random_state, set_random_state
 
 __all__ = ["own_place", "restore", "settle", "state_of"]
 

@@ -16,19 +16,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import faults
 import ranks
+from checkpoints import CheckpointError, load_checkpoint, load_weights
 from evaluation import Averages, Evaluation, evaluate, watched
 from resuming import own_place, own_random_state, restore, settle, state_of
+from run_folder import Pass, Progress, RunFolder, TrainingError
 from utils import (
-    CheckpointError,
-    Pass,
-    Progress,
-    RunFolder,
-    TrainingError,
     WriteError,
     count_parameters,
     get_random_state,
-    load_checkpoint,
-    load_weights,
     plot_learning_curves,
     seed_everything,
     set_random_state,

@@ -1,72 +1,45 @@
-"""What a run leaves and what it needs: folders, checkpoints, text files, seeds, counts, curves.
+"""What a run needs everywhere: seeds, the machine's memory, files, counts of a network, curves.
 
-Everything that a run leaves on disk goes through this file: text and checkpoints are written to a
-temporary name beside their target and renamed, so that an interrupted write never damages what was
-there before.
+Whatever is left on disk goes through this file: it is written to a temporary name beside its target
+and renamed, so that an interrupted write never damages what was there before.
 """
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
 import random
 import re
-import shutil
-import socket
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 __all__ = [
-    "CheckpointError",
     "CsvLog",
-    "Measured",
-    "Pass",
-    "Progress",
-    "RunFolder",
-    "TrainingError",
     "WriteError",
     "atomic_path",
     "autocast",
     "compute_flops",
-    "content_digest",
     "count_parameters",
     "describe_model",
     "format_args",
     "free_memory",
     "get_random_state",
     "layer_rows",
-    "load_checkpoint",
-    "load_pretrained",
-    "load_weights",
     "lonely_norms",
     "memory_size",
     "parse_args_text",
     "plot_growth",
     "plot_learning_curves",
-    "read_safetensors",
-    "read_tensor_file",
     "read_text_file",
-    "read_weights",
-    "save_checkpoint",
     "save_panels",
-    "save_safetensors",
     "seed_everything",
     "set_random_state",
     "write_text",
@@ -142,9 +115,6 @@ def free_memory(device: torch.device) -> int:
 # Files
 
 
-FORMAT = 2  # of checkpoints; 1 had no digest
-
-
 class WriteError(RuntimeError):
     """A file that cannot be written; the message names it and says why."""
 
@@ -204,151 +174,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-class _Watched(io.RawIOBase):
-    """A file that remembers why a write failed: `torch.save` forgets it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.error = file, None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def content_digest(content: Any) -> str:
-    """Return a SHA-256 of tensors and plain types: of their values, not of a file's bytes."""
-    digest = hashlib.sha256()
-
-    def add(item: Any) -> None:
-        if isinstance(item, Tensor):
-            digest.update(f"tensor {item.dtype} {tuple(item.shape)};".encode())
-            plain = item.detach().cpu().contiguous().flatten()
-            digest.update(plain.view(torch.uint8).numpy() if plain.numel() else b"")
-        elif isinstance(item, Mapping):
-            digest.update(f"mapping {len(item)};".encode())
-            for key, value in item.items():
-                add(key)
-                add(value)
-        elif isinstance(item, list | tuple):
-            digest.update(f"list {len(item)};".encode())
-            for value in item:
-                add(value)
-        else:
-            text = repr(item).encode()
-            digest.update(f"{type(item).__name__} {len(text)};".encode() + text)
-
-    add(content)
-    return digest.hexdigest()
-
-
-def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> str:
-    """Save tensors and plain types atomically (they load with ``weights_only=True``).
-
-    Returns:
-        The digest of what was saved, which stands in the file too.
-
-    Raises:
-        WriteError: If the file cannot be written; what was there before is kept.
-    """
-    content = {k: v for k, v in checkpoint.items() if k not in ("format", "digest")}
-    content = {"format": FORMAT, **content}
-    digest = content_digest(content)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        watched = _Watched(file)
-        try:
-            torch.save({**content, "digest": digest}, watched)
-            file.flush()
-            os.fsync(file.fileno())
-        except RuntimeError:
-            if watched.error is not None:
-                raise watched.error from None
-            raise
-    return digest
-
-
-# Types of numbers in a safetensors file: https://huggingface.co/docs/safetensors
-SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
-
-
-def save_safetensors(
-    path: str | os.PathLike, tensors: Mapping[str, Tensor], args: Mapping[str, Any]
-) -> None:
-    """Write weights and the arguments they belong to as a safetensors file: no code in it."""
-    names = {dtype: name for name, dtype in SAFE_TYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"args": json.dumps(dict(args))}}
-    parts, start = [], 0
-    for name, tensor in tensors.items():
-        part = tensor.detach().cpu().contiguous().numpy().tobytes()
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, start + len(part)],
-        }
-        parts.append(part)
-        start += len(part)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
-
-
-def read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
-    """Read what :func:`save_safetensors` or others wrote: ``model``, and ``args`` if it has any.
-
-    Raises:
-        ValueError: If the file is missing or damaged.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"there is no checkpoint {path}.") from error
-    try:
-        size = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + size])
-        args = json.loads(header.pop("__metadata__", {}).get("args", "{}"))
-        data, model = bytearray(content[8 + size :]), {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            part, dtype = data[start:stop], SAFE_TYPES[entry["dtype"]]
-            flat = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
-            model[name] = flat.view(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error!r}") from error
-    return {"model": model, "args": args}
-
-
-def read_tensor_file(path: str | os.PathLike) -> Any:
-    """Read what ``torch.save`` wrote, to the CPU; nothing but tensors and plain types is unpickled.
-
-    A file whose name ends in .safetensors is read as such.
-
-    Raises:
-        CheckpointError: If the file is missing or damaged, or holds anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "that is no file" if path.exists() else "there is no such file"
-        raise CheckpointError(f"there is no checkpoint {path}: {what}.")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # torch.load documents no error types: zip, pickle, EOF, runtime
-        # What torch says is left out: it advises to read the file as code.
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: it is cut off or damaged, or holds something "
-            "else than tensors and plain types."
-        ) from error
-
-
 MOST_TEXT = 2**30  # bytes
 
 
@@ -405,16 +230,6 @@ def parse_args_text(text: str) -> dict[str, str]:
     return values
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Let ``target`` be the same file as ``source``, or a copy where there are no links."""
-    with atomic_path(target) as temporary:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without hard links, or another one
-            shutil.copyfile(source, temporary)
-
-
 class CsvLog:
     """A CSV file with one row per event, flushed as it is written.
 
@@ -446,457 +261,6 @@ class CsvLog:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and what is saved.
-
-    Attributes:
-        batch: The batch that showed it, where it is known.
-    """
-
-    batch: Any = None
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why."""
-
-
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Load a checkpoint to the CPU, tensors and plain types only.
-
-    From format 2 on a file holds a digest of its content, which is checked; files of format 1 hold
-    none and are believed.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged or no checkpoint.
-    """
-    checkpoint = read_tensor_file(path)
-    if not isinstance(checkpoint, dict) or not {"model", "args"} <= set(checkpoint):
-        raise CheckpointError(
-            f"{path} is no checkpoint of this program (it lacks 'model' and 'args')."
-        )
-    for name in ("model", "args"):
-        if not isinstance(checkpoint[name], Mapping):
-            raise CheckpointError(f"{path} is no checkpoint of this program: '{name}' is no table.")
-    digest = checkpoint.get("digest")
-    if digest is None and checkpoint.get("format", 1) == 1:
-        return checkpoint
-    content = {name: value for name, value in checkpoint.items() if name != "digest"}
-    if checkpoint.get("format") != FORMAT or digest != content_digest(content):
-        raise CheckpointError(
-            f"{path} is damaged: its content is not what was saved (its digest differs)."
-        )
-    return checkpoint
-
-
-def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights of a published checkpoint, of one of this program, or a plain state dict.
-
-    Nothing but tensors and plain types is unpickled.
-
-    Args:
-        path: The file (`051_ckpt.t7`, `best.pt`, …).
-
-    Returns:
-        The weights by name, and the arguments of the run where the file holds them.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or holds no weights.
-    """
-    content = read_tensor_file(path)
-    weights: Any = content
-    arguments: dict[str, Any] = {}
-    if isinstance(content, Mapping):
-        arguments = dict(content.get("args") or {}) if "model" in content else {}
-        for name in ("net", "model", "state_dict"):
-            if isinstance(content.get(name), Mapping):
-                weights = content[name]
-                break
-    if (
-        not isinstance(weights, Mapping)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        raise ValueError(
-            f"{path} holds no weights: expected tensors by name, or such a table under "
-            "'net' (published files) or 'model' (this program)."
-        )
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights, arguments
-
-
-def load_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Load a checkpoint's weights; a mismatch becomes a ValueError that lists the names."""
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit the model: {error}") from error
-
-
-def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Load weights by name; every one must arrive.
-
-    Weights that published files hold and no forward pass applies (`model.dead_weights`, a regular
-    expression) are left out, and counters of batches that older files lack stay at zero.
-
-    Args:
-        model: The network.
-        weights: By name, as :func:`read_weights` gives them.
-
-    Returns:
-        Names that were left out.
-
-    Raises:
-        ValueError: If names are missing or unknown or shapes differ; lists all of them.
-    """
-    own = model.state_dict()
-    pattern = getattr(model, "dead_weights", None)
-    dead = [n for n in weights if pattern and re.fullmatch(pattern, n) and n not in own]
-    found = {name: value for name, value in weights.items() if name not in dead}
-    counter = "num_batches_tracked"
-    problems = [
-        f"missing: {name} {tuple(value.shape)}"
-        for name, value in own.items()
-        if name not in found and not name.endswith(counter)
-    ]
-    problems += [
-        f"unknown: {name} {tuple(value.shape)}" for name, value in found.items() if name not in own
-    ]
-    problems += [
-        f"other shape: {name} is {tuple(value.shape)} there and {tuple(own[name].shape)} here"
-        for name, value in found.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError(
-            f"the weights do not fit this {type(model).__name__}; {len(problems)} names differ:\n  "
-            + "\n  ".join(problems)
-        )
-    model.load_state_dict(found, strict=False)
-    return dead
-
-
-# ---------------------------------------------------------------------------------------------
-# The folder of a run
-
-
-@dataclass
-class Progress:
-    """What a run has done so far; part of every checkpoint.
-
-    Attributes:
-        epoch: Epochs done.
-        best_epoch: The best of them; 0: none yet.
-        best_value: Its headline metric.
-        best_digest: Digest of the state after it (`content_digest`); empty in that state itself.
-        finished: Whether there is no more to learn.
-        history: Rows of metrics.csv.
-        lines: Lines of the results file.
-        times: Rows of timing.csv.
-    """
-
-    epoch: int = 0
-    best_epoch: int = 0
-    best_value: float = float("-inf")
-    best_digest: str = ""
-    finished: bool = False
-    history: list[dict[str, float]] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    times: list[dict[str, float]] = field(default_factory=list)
-
-    @classmethod
-    def from_state(cls, state: Any) -> "Progress":
-        """Read it from a checkpoint.
-
-        Raises:
-            CheckpointError: If an entry is missing or of the wrong type.
-        """
-        made = cls()
-        if not isinstance(state, Mapping):
-            raise CheckpointError("its 'progress' is no table.")
-        later = {"best_digest", "finished"}  # not in files of format 1
-        for name, default in vars(made).items():
-            if name not in state and name in later:
-                continue
-            value = state.get(name)
-            if type(value) is not type(default) and not (
-                name == "best_value" and isinstance(value, int)
-            ):
-                raise CheckpointError(f"'{name}' of its 'progress' is missing or of another type.")
-            setattr(made, name, value.copy() if isinstance(value, list) else value)
-        for name in ("history", "times"):
-            if not all(isinstance(row, Mapping) for row in getattr(made, name)):
-                raise CheckpointError(f"'{name}' of its 'progress' holds something else than rows.")
-        return made
-
-
-@dataclass
-class Pass:
-    """What the training part of an epoch did.
-
-    Attributes:
-        epoch: Its number.
-        metrics: Training metrics, averaged over samples.
-        samples: How many samples were learnt from.
-        start: When it began, by `time.perf_counter`.
-        seconds: How long it took.
-    """
-
-    epoch: int
-    metrics: dict[str, float]
-    samples: int
-    start: float
-    seconds: float
-
-
-@dataclass
-class Measured:
-    """What the evaluation of an epoch found.
-
-    Attributes:
-        metrics: The metrics that decide on the best epoch.
-        rows: Rows of metrics.csv.
-        lines: Lines of the results file.
-        times: Rows of timing.csv.
-    """
-
-    metrics: dict[str, float]
-    rows: list[dict[str, Any]]
-    lines: list[str]
-    times: list[dict[str, Any]]
-
-
-class RunFolder:
-    """The files of one run: args.txt, model.txt, results, tables, checkpoints, pictures.
-
-    Args:
-        path: The folder; created by :meth:`start`.
-        writes: Whether this process writes; of several processes only the first one does.
-    """
-
-    RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
-    LAST, BEST, TEST, CURVES = "last.pt", "best.pt", "test_results.txt", "curves.png"
-    ARGS, MODEL, SUMMARY = "args.txt", "model.txt", "summary.json"
-    ENVIRONMENT = "environment.json"
-
-    LOCK = ".lock"
-
-    def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
-        self.path, self.writes = Path(path), writes
-        self._scratch: tempfile.TemporaryDirectory | None = None
-
-    def holds_run(self) -> bool:
-        """Say whether an earlier run left results here."""
-        names = (self.LAST, self.BEST, self.METRICS, self.TEST)
-        return any(os.path.exists(self.path / name) for name in names)
-
-    def file(self, name: str) -> Path:
-        """Return the path of a file that is about to be written; its folder is made.
-
-        A process that does not write is given a place outside, which vanishes with it.
-        """
-        if not self.writes and self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory()
-        path = (self.path if self.writes else Path(self._scratch.name)) / name
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def writable(self) -> bool:
-        """Say whether files can be written here, by writing one."""
-        try:
-            with tempfile.TemporaryFile(dir=self.path) as file:
-                file.write(bytes(1 << 16))
-        except OSError:
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the folder and hold it for this process, so that no other writes into it.
-
-        The system lets go of it when the process ends, however that comes about. A folder that was
-        made and stays empty is removed again.
-
-        Raises:
-            WriteError: If another process holds it, or it cannot be written.
-        """
-        if not self.writes:
-            yield
-            return
-        with writing(self.path):
-            made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._locked():
-                names = (v for k, v in vars(RunFolder).items() if k.isupper())
-                if blocked := [name for name in names if (self.path / name).is_dir()]:
-                    raise WriteError(
-                        f"{self.path / blocked[0]} is a folder, and a run writes a file of that "
-                        "name. Move it away, or name another --output_dir."
-                    )
-                remove_left_overs(self.path)
-                yield
-        finally:
-            with contextlib.suppress(OSError):  # it holds a run
-                for path in made:
-                    path.rmdir()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        path = self.path / self.LOCK
-        if fcntl is None:
-            print("note: this system knows no file locks: see that no other run writes here.")
-            yield
-            return
-        with writing(path):
-            while True:
-                file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    file.seek(0)
-                    holder = file.read().strip() or "another process"
-                    file.close()
-                    raise WriteError(
-                        f"--output_dir {self.path} is being written by {holder}. Wait for its end, "
-                        "stop it, or name another folder."
-                    ) from error
-                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    break
-                file.close()  # its holder removed it just now
-            file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-            file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            file.close()
-
-    def start(
-        self, args_text: str | None, model_text: str, progress: Progress, *, fresh: bool
-    ) -> None:
-        """Write args.txt and model.txt, and the logs as far as they are known.
-
-        Args:
-            args_text: What args.txt is to hold; None leaves it as it is.
-            model_text: What model.txt is to hold.
-            progress: What was done so far.
-            fresh: Whether the run begins here: files of another one are removed first.
-        """
-        if not self.writes:
-            return
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if fresh:
-                for name in (self.LAST, self.BEST, self.TEST, self.CURVES, self.SUMMARY):
-                    (self.path / name).unlink(missing_ok=True)
-        if args_text is not None:
-            write_text(self.path / self.ARGS, args_text)
-        write_text(self.path / self.MODEL, model_text)
-        write_text(self.path / self.RESULTS, "".join(f"{line}\n" for line in progress.lines))
-        self.metrics = CsvLog(self.path / self.METRICS, progress.history)
-        self.timing = CsvLog(self.path / self.TIMING, progress.times)
-
-    def write_line(self, line: str) -> None:
-        """Append a line to the results file and show it."""
-        if not self.writes:
-            return
-        tqdm.write(line)
-        path = self.path / self.RESULTS
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
-
-    def save(self, checkpoint: Mapping[str, Any], *, best: bool) -> str:
-        """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far.
-
-        The pair is decided by ``last.pt`` alone: if this is interrupted, :meth:`settle` of the
-        resumed run finds from its entries which file ``best.pt`` has to be.
-
-        Returns:
-            The digest of what was saved; empty where this process does not write.
-        """
-        if not self.writes:
-            return ""
-        digest = save_checkpoint(self.path / self.LAST, checkpoint)
-        if best:
-            link_or_copy(self.path / self.LAST, self.path / self.BEST)
-        return digest
-
-    def settle(self, source: Path, progress: Progress, *, at_end: bool) -> tuple[bool, str | None]:
-        """Let ``last.pt`` and ``best.pt`` be those of the state that a run goes on from.
-
-        Args:
-            source: The file that it goes on from, here or in another folder.
-            progress: What is done according to it.
-            at_end: Whether it is the state at the end of an epoch, not amid one.
-
-        Returns:
-            Whether there is a best state, and a line that says what was mended or is missing.
-        """
-        last, best = self.path / self.LAST, self.path / self.BEST
-        itself = at_end and progress.best_epoch == progress.epoch
-        theirs = source.parent / self.BEST
-        problem = None
-        if not itself and progress.best_epoch:
-            try:
-                found = load_checkpoint(theirs)
-                told = found.get("progress")
-                epoch = told.get("epoch") if isinstance(told, Mapping) else None
-                if progress.best_digest not in ("", found.get("digest")) or (
-                    epoch != progress.best_epoch or "place" in found
-                ):
-                    problem = f"{theirs} is another state than the best one, of epoch "
-                    problem += str(progress.best_epoch)
-            except CheckpointError as error:
-                problem = str(error).rstrip(".")
-        if source.resolve() != last.resolve():
-            link_or_copy(source, last)
-        if itself:
-            if best.is_file() and best.samefile(last):
-                return True, None
-            same = False
-            if best.is_file():
-                with contextlib.suppress(CheckpointError):
-                    same = load_checkpoint(best).get("digest", "") == progress.best_digest != ""
-            link_or_copy(last, best)
-            if same:
-                return True, None
-            return True, f"{self.BEST} is made from {source}, which holds the best epoch."
-        if problem is not None:
-            best.unlink(missing_ok=True)
-            return False, problem
-        if progress.best_epoch and theirs.resolve() != best.resolve():
-            link_or_copy(theirs, best)
-        return True, None
-
-    def log(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        lines: Sequence[str],
-        times: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Write what was measured: rows of the table, lines of the results, times."""
-        if not self.writes:
-            return
-        for line in lines:
-            self.write_line(line)
-        for row in rows:
-            self.metrics.append(row)
-        for row in times:
-            self.timing.append(row)
-
-    def summarize(self, **facts: Any) -> None:
-        """Write ``summary.json``: what scripts need to know of a run without guessing."""
-        if self.writes:
-            write_text(self.file(self.SUMMARY), json.dumps(facts, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 T. Plötz, S. Roth, "Neural Nearest Neighbors Networks", NeurIPS 2018,
 https://arxiv.org/abs/1810.12575. Parameter names and shapes are those of the published
-checkpoints, which `utils.load_pretrained` reads (a file that the user has; it may not be passed
-on).
+checkpoints, which `checkpoints.load_pretrained` reads (a file that the user has; it may not be
+passed on).
 """
 
 from collections.abc import Callable

@@ -23,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import RunFolder, atomic_path, parse_args_text, write_text
+from run_folder import RunFolder
+from utils import atomic_path, parse_args_text, write_text
 
 UNINTERESTING = ("output_dir", "num_workers", "data_path", "device")
 TABLES = ("markdown", "csv", "latex")

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from builders import chosen
-from utils import RunFolder, load_checkpoint, save_safetensors
+from checkpoints import load_checkpoint, save_safetensors
+from run_folder import RunFolder
 
 KEPT = {"dataset", "task", "sigma", "noise_type", "scale"}  # beside what decides on the weights
 

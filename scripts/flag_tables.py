@@ -1,7 +1,7 @@
-"""Write the README's flag tables from the program's own help texts.
+"""Write the flag tables of docs/flags.md from the program's own help texts.
 
 python scripts/flag_tables.py            # print them
-python scripts/flag_tables.py --write    # put them between the README's markers
+python scripts/flag_tables.py --write    # put them between its markers
 """
 
 import argparse
@@ -37,14 +37,14 @@ def flag_tables() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/flags.md")
     if not parser.parse_args(argv).write:
         print(flag_tables())
         return
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(START)
+    page = ROOT / "docs" / "flags.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    write_text(readme, before + START + flag_tables() + END + after)
+    write_text(page, before + START + flag_tables() + END + after)
 
 
 if __name__ == "__main__":

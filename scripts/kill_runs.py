@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 import models
+from checkpoints import content_digest, load_checkpoint
 from main import main
 from options import Options
-from utils import content_digest, load_checkpoint
 
 
 class SmallNet(nn.Module):

@@ -31,13 +31,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import RunFolder, atomic_path, write_text
+from run_folder import RunFolder
+from utils import atomic_path, write_text
 
 SMALL = (
     "--model convnet --device cpu --batch_size 64 --num_epochs 6 --optimizer adam --lr 3e-3 "
     "--scheduler cosine --val_split 0.1"
 )
 BRANCHING = "--layer Branching --width 22"
+TRANSFORMER = (
+    "--model vit_tiny --resize 20 --patch_size 2 --num_layers 4 --num_heads 2 --d_hidden 24 "
+    "--d_mlp 48 --pos_encoding learned"
+)
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,23 @@ STUDIES = {
         f"{SMALL} --dataset recall --noise 0.1",
         {name: RIVALS[name] for name in list(RIVALS)[:2]},
     ),
+    "recall_large": Study(
+        "Do other and larger networks manage without neighbors? (first row: the small network)",
+        "about 5 minutes on one thread",
+        f"{SMALL} --dataset recall",
+        {
+            "Branching": BRANCHING,
+            "ResNet18, a quarter of its width": "--model resnet18 --layer Conv2d --width 0.25",
+            "DenseNet121, a quarter of its width": (
+                "--model densenet121 --layer Conv2d --width 0.25"
+            ),
+            "ViT, dense attention": f"{TRANSFORMER} --layer Attention",
+            "ViT, attention to 9 neighbors": f"{TRANSFORMER} --layer ConvNNAttention --K 9",
+        },
+    ),
     "recall_resnet": Study(
         "Does a network of 11 million parameters need neighbors?",
-        "about 15 minutes on one thread",
+        "about 13 minutes on one thread",
         f"{SMALL} --dataset recall --model resnet18",
         {"Conv2d": "--layer Conv2d"},
         seeds=1,
@@ -118,10 +137,32 @@ STUDIES = {
         f"{SMALL} --dataset digits --num_epochs 20",
         {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
     ),
+    "mnist": Study(
+        "5,000 images of MNIST at 14 x 14: local shape again",
+        "about 2 minutes on one thread",
+        f"{SMALL} --dataset mnist --resize 14 --limit_train 5000",
+        {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
+    ),
+    "cifar": Study(
+        "5,000 images of CIFAR-10 at 16 x 16, from an .npz file: natural images",
+        "about 2 minutes on one thread",
+        f"{SMALL} --dataset npz --data_path Data/cifar10.npz --resize 16 --limit_train 5000",
+        {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
+    ),
     "branch_ratio": Study(
         "Which part of the channels should neighbors make? (published: 0.5 on CIFAR-10)",
         "about 6 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall",
+        {
+            f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
+            for eighths in (4, 0, 1, 2, 3, 5, 6, 7, 8)
+        },
+    ),
+    "branch_ratio_cifar": Study(
+        "The same on natural images, where the paper found 0.5 best",
+        "about 4 minutes on one thread",
+        f"{SMALL} {BRANCHING} --dataset npz --data_path Data/cifar10.npz --resize 16 "
+        "--limit_train 5000",
         {
             f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
             for eighths in (4, 0, 1, 2, 3, 5, 6, 7, 8)
@@ -180,16 +221,23 @@ STUDIES = {
         {f"lr {value}": f"--lr {value}" for value in ("3e-3", "3e-4", "1e-3", "1e-2")},
     ),
     "denoising": Study(
-        "Which layer for the inner convolutions of a small DnCNN? (needs Set12 and BSD in ./Data)",
+        "Which layer inside a small DnCNN? (sigma 25, photographs that ship with packages)",
         "about 10 minutes on one thread",
         "--model dncnn --depth 6 --features 24 --dataset photos --device cpu --num_epochs 5",
-        {name: f"--layer {name}" for name in ("Conv2d", "ConvNN", "Branching")},
+        {
+            **{name: f"--layer {name}" for name in ("Conv2d", "ConvNN", "Branching")},
+            "Branching, neighbors by location": "--layer Branching --similarity_type Loc",
+        },
     ),
     "growing": Study(
         "Which kernel should a growing network take?",
-        "about 3 minutes on one thread",
+        "about 1 minute on one thread",
         "--model dynamic --dataset digits --device cpu --num_epochs 3",
-        {"default": ""},
+        {
+            f"{kernel}, {predictor}": f"--kernel_type {kernel} --predictor {predictor}"
+            for kernel in ("cosine", "euclidean", "euclidean_pyramid", "dot", "influence_cone")
+            for predictor in ("interp", "nearest")
+        },
     ),
 }
 

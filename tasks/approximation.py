@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dataset import Data, FeatureArray, read_image
 from options import Options, option
+from run_folder import RunFolder
 from tasks.quality import mse_to_psnr
 from tasks.task import Finding, Task
-from utils import RunFolder, save_panels
+from utils import save_panels
 
 __all__ = ["ApproximationTask", "PictureOptions", "build_image"]
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dataset import Data
 from options import Options, option
+from run_folder import RunFolder
 from tasks.task import Evaluate, Needs, Task
-from utils import RunFolder, atomic_path
+from utils import atomic_path
 
 __all__ = [
     "ClassificationTask",

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from dataset import Data, DataError
 from options import Options, option
+from run_folder import RunFolder
 from tasks.eight_point import weighted_eight_point
 from tasks.geometry import (
     INLIER,
@@ -30,7 +31,7 @@ from tasks.geometry import (
     recover_pose,
 )
 from tasks.task import Evaluate, Finding, Needs, Task
-from utils import CsvLog, RunFolder, atomic_path
+from utils import CsvLog, atomic_path
 
 __all__ = [
     "CorrespondenceOptions",

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from dataset import Data, DataError
 from options import Options, option
+from run_folder import RunFolder
 from tasks.task import Finding, Task
-from utils import RunFolder, read_text_file, write_text
+from utils import read_text_file, write_text
 
 __all__ = [
     "LanguageTask",

@@ -14,11 +14,12 @@ from torch.utils.data import Dataset, Subset
 
 from dataset import Data, DataError, read_image_folders
 from options import Options, option
+from run_folder import RunFolder
 from tasks.pictures import check_target, find_pictures, read_picture, write_picture
 from tasks.quality import psnr, ssim
 from tasks.task import Evaluate, Finding, Needs, Task
 from tasks.tiling import check_tiles, forward_in_tiles, largest_tile
-from utils import CsvLog, RunFolder, save_panels
+from utils import CsvLog, save_panels
 
 __all__ = [
     "CleanFoldersOptions",

@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 
 from dataset import Data
 from options import OptionError, option
+from run_folder import RunFolder
 from tasks.quality import psnr, ssim
 from tasks.restoration import (
     DegradedCrops,
@@ -26,7 +27,6 @@ from tasks.restoration import (
     RestorationTask,
 )
 from tasks.task import Evaluate
-from utils import RunFolder
 
 __all__ = ["SuperResolutionOptions", "SuperResolutionTask", "enlarge", "reduce"]
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset import Data, limit, split_train
 from options import Options
-from utils import RunFolder
+from run_folder import RunFolder
 
 __all__ = ["Evaluate", "Finding", "Needs", "Task"]
 

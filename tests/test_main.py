@@ -14,13 +14,13 @@ from sklearn.datasets import load_digits
 
 import main as program
 import train_eval
-import trainers
 from dataset import Data, DataError, FeatureArray
 from layers import LAYERS
 from main import build_parser, main
 from models import MODELS
 from tasks import DATASETS, TASKS
 from tasks.inspection import inspect_data
+from trainers.gradient import has_cpp_compiler
 
 PUBLISHED_DEFAULTS = {
     "model": "vgg11",
@@ -396,7 +396,7 @@ def test_options_run(run, flags):
 
 
 def test_compiled_equals_eager(run, monkeypatch):
-    if not trainers.has_cpp_compiler():
+    if not has_cpp_compiler():
         pytest.skip("torch.compile needs a C++ compiler")
     # Compiled code draws its own dropout: compare without.
     monkeypatch.setitem(MODELS, "tiny", partial(MODELS["tiny"], dropout=0))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoints import save_checkpoint
 from options import Option, read_texts
+from run_folder import RunFolder
 from utils import (
     CsvLog,
-    RunFolder,
     atomic_path,
     compute_flops,
     count_parameters,
@@ -22,7 +23,6 @@ from utils import (
     parse_args_text,
     plot_learning_curves,
     read_text_file,
-    save_checkpoint,
     seed_everything,
     set_random_state,
     write_text,

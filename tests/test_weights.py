@@ -10,8 +10,8 @@ from export_weights import main as export
 from PIL import Image
 
 import commandline
+from checkpoints import read_safetensors, read_weights, save_safetensors
 from main import main
-from utils import read_safetensors, read_weights, save_safetensors
 
 close = torch.testing.assert_close
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from small_n3 import TINY, published_shapes
 
+from checkpoints import load_pretrained, read_weights
 from models import DnCNN, N3Net
 from models.n3net import PRESETS
-from utils import load_pretrained, read_weights
 
 close = torch.testing.assert_close
 

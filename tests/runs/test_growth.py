@@ -10,8 +10,8 @@ from PIL import Image
 
 import layers.dynamic as dynamic
 import main as program
+from checkpoints import load_checkpoint
 from models.dynamic import DynamicNetwork
-from utils import load_checkpoint
 
 TEXT = "the cat sat on the mat and the dog sat on the cat; " * 12
 

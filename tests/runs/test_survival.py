@@ -10,19 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import faults
 import main as program
-import utils
+import run_folder
+from checkpoints import CheckpointError, content_digest, load_checkpoint, save_checkpoint
 from main import main
+from run_folder import RunFolder
 from trainers import GradientTrainer
-from utils import (
-    CheckpointError,
-    RunFolder,
-    WriteError,
-    content_digest,
-    load_checkpoint,
-    save_checkpoint,
-)
+from utils import WriteError
 
 ROOT = Path(program.__file__).parent
 RESUME = ("--resume", "--device", "cpu", "--output_dir")
@@ -53,16 +49,16 @@ def signal_at(monkeypatch, number, signum):
 def test_killed_between_last_and_best(run, monkeypatch, refused):
     flags = ("--val_split", "0.2", "--num_epochs", 4, "--lr", "0.05")
     whole = run(*flags, "--output_dir", "whole")
-    original = utils.link_or_copy
+    original = run_folder.link_or_copy
 
     def link(source, target):
         if load_checkpoint(source)["progress"]["epoch"] == whole["best_epoch"]:
             raise KeyboardInterrupt
         original(source, target)
 
-    monkeypatch.setattr(utils, "link_or_copy", link)
+    monkeypatch.setattr(run_folder, "link_or_copy", link)
     assert refused(run, *flags, "--output_dir", "broken")[0] == 130
-    monkeypatch.setattr(utils, "link_or_copy", original)
+    monkeypatch.setattr(run_folder, "link_or_copy", original)
     resumed = main([*RESUME, "broken"])
     assert resumed["test"] == whole["test"]
     assert load_checkpoint("broken/best.pt")["progress"]["epoch"] == whole["best_epoch"]
@@ -109,7 +105,7 @@ def test_a_second_start_is_refused_and_told_of_the_first(run, refused):
 def test_a_dead_process_keeps_no_lock(run):
     Path("run").mkdir()
     code = (
-        "import sys, os; sys.path.insert(0, sys.argv[1]); from utils import RunFolder\n"
+        "import sys, os; sys.path.insert(0, sys.argv[1]); from run_folder import RunFolder\n"
         "with RunFolder('run').held(): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)]).returncode == 9
@@ -311,7 +307,7 @@ def test_a_full_disk_ends_a_run_in_one_sentence(run, refused, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.os, "fsync", full)
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
     code, text = refused(main, [*RESUME, "run", "--num_epochs", "2"])
     assert code == 1
     assert "run/last.pt cannot be written: No space left on device" in text
@@ -327,8 +323,8 @@ def test_what_torch_forgets_of_a_failed_write_is_kept(tmp_path, monkeypatch):
         def flush(self):
             pass
 
-    original = utils._Watched
-    monkeypatch.setattr(utils, "_Watched", lambda file: original(Full()))
+    original = checkpoints._Watched
+    monkeypatch.setattr(checkpoints, "_Watched", lambda file: original(Full()))
     with pytest.raises(WriteError, match="No space left on device"):
         save_checkpoint(tmp_path / "x.pt", {"model": {"a": torch.ones(5)}, "args": {}})
     assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoints import load_checkpoint
 from main import main
 from models import DnCNN
 from tasks.pictures import Picture, read_picture, write_picture
-from utils import load_checkpoint
 
 
 @pytest.fixture
