@@ -89,8 +89,7 @@ class DGCNN(nn.Module):
         self.K, self.similarity_type, self.in_channels = K, similarity_type, in_channels
         widths = [scaled(c, width) for c in WIDTHS]
         self.layers = nn.ModuleList(
-            layer(in_channels=c, out_channels=o)
-            for c, o in zip([3, *widths], widths, strict=False)
+            layer(in_channels=c, out_channels=o) for c, o in zip([3, *widths], widths, strict=False)
         )
         joined, (first, second) = scaled(JOINED, width), (scaled(c, width) for c in HEAD)
         self.join = nn.Linear(sum(widths), joined, bias=False)
@@ -147,9 +146,7 @@ class DGCNN(nn.Module):
         return f"K={self.K}, similarity_type={self.similarity_type}"
 
 
-def pool_rows(
-    rows: Tensor, present: Tensor | None, counts: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def pool_rows(rows: Tensor, present: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the maximum and the mean (B, C) of the rows (B, N, C) that are there."""
     if present is None:
         return rows.amax(1), rows.mean(1)

@@ -59,7 +59,9 @@ class ViGOptions(WidthOptions):
         True, "nodes that lie close are more alike: a fixed code of their distance is added"
     )
     drop_path: float = option(
-        0.1, "share of the blocks left out of a sample in training, in the last block", least=0,
+        0.1,
+        "share of the blocks left out of a sample in training, in the last block",
+        least=0,
         below=1,
     )
     dropout: float = option(0.0, "dropout before the classifier", least=0, below=1)
@@ -182,9 +184,9 @@ def position_features(sides: tuple[int, int], channels: int, pool: int) -> tuple
         waves = np.arange(side)[:, None] / 10000.0 ** (
             np.arange(max(1, channels // 4)) / max(1, channels // 4)
         )
-        table = np.cos(waves[:, None] - waves[None]).mean(2) / 2  # (side, side)
+        table = np.cos(waves[:, None] - waves[None]).mean(2) / 4  # (side, side)
         values, vectors = np.linalg.eigh(table)
-        kept = values > 1e-9 * values.max()
+        kept = values > 1e-8 * values.max()  # below what float32 tells apart
         root = vectors[:, kept] * np.sqrt(values[kept])  # (side, P)
         shape = (*sides, root.shape[1])
         parts.append(np.broadcast_to(np.expand_dims(root, 1 - axis), shape))

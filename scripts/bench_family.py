@@ -1,11 +1,12 @@
-"""Time and memory of layers that look at K neighbors, beside plain implementations of their formulas.
+"""Time and memory of layers that look at K neighbors, beside plain implementations of the same.
 
 A step is forward and backward of one layer, for one sample of N tokens, nodes or points:
 
 - kvt: attention to the K best tokens (width 192, 3 heads, K 32). Plain: N × N scores, a mask.
-- vig: a graph convolution (192 channels, K 9, every second of the 18 nearest, position bias,
-  max-relative). Plain: N × N distances and bias, `topk`, expanded gathers.
-- dgcnn: an edge convolution (64 to 128 channels, K 20, batch norm over edges). Plain: N × N
+- vig: neighbors and what is largest of them relative to the node (192 channels, K 9, every second
+  of the 18 nearest, position bias); the weights that follow are alike on both sides, and left out.
+  Plain: N × N distances and bias, `topk`, expanded gathers.
+- dgcnn: an edge convolution (64 to 64 channels, K 20, batch norm over edges). Plain: N × N
   distances, `topk`, the (N, K, 2C) tensor of all edges.
 
 Every measurement runs in a process of its own. Time is the fastest of several steps; memory is the
@@ -30,9 +31,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from layers import EdgeConv, KvtAttention, MaxRelative
+from layers import EdgeConv, KvtAttention
 from models.vig import position_features
 from ops.maps.pairs import nearest_rows
+from ops.maps.reduce import max_neighbors
 from scripts.bench_n3 import reset_peak, resident
 
 MOST_PLAIN_BYTES = 8e9
@@ -40,6 +42,13 @@ MOST_PLAIN_BYTES = 8e9
 
 # ---------------------------------------------------------------------------------------------
 # Our layers: a module and what maps it and its input to the output
+
+
+class Relative(nn.Module):
+    """max_j (x_j - x_i), what max-relative convolution maps."""
+
+    def forward(self, x: Tensor, indices: Tensor) -> Tensor:
+        return max_neighbors(x, indices) - x
 
 
 class Graph(nn.Module):
@@ -63,8 +72,8 @@ def build(name: str, n: int) -> nn.Module:
         return KvtAttention(192, 3, K=32, attention_dropout=0.0)
     if name == "vig":
         side = math.isqrt(n)
-        return Graph(MaxRelative(192, 384), 9, 2, "cosine", position_features((side, side), 192, 1))
-    return Graph(EdgeConv(64, 128, groups=1), 20, 1, "euclidean")
+        return Graph(Relative(), 9, 2, "cosine", position_features((side, side), 192, 1))
+    return Graph(EdgeConv(64, 64, groups=1), 20, 1, "euclidean")
 
 
 WIDTHS = {"kvt": 192, "vig": 192, "dgcnn": 64}
@@ -104,11 +113,7 @@ def plain_vig(graph: Graph, x: Tensor) -> Tensor:
     """Gather all neighbors, subtract the node from each, take the largest."""
     bias = graph.position[0] @ graph.position[1].T
     indices = plain_search(x, graph.K, graph.dilation, graph.metric, bias)
-    largest = (gather(x, indices) - x[:, :, None]).amax(2)
-    layer = graph.layer
-    joined = layer.linear.join(x, largest).mT  # (B, 2C, N)
-    y = F.conv1d(joined, layer.linear.weight[..., None], groups=layer.linear.groups)
-    return layer.norm(y).mT
+    return (gather(x, indices) - x[:, :, None]).amax(2)
 
 
 def plain_dgcnn(graph: Graph, x: Tensor) -> Tensor:
@@ -142,7 +147,7 @@ def make_step(name: str, plain: bool, n: int) -> Callable[[], Tensor]:
         leaf = x.detach().requires_grad_()
         y = run(leaf)
         if not upstream:
-            upstream.append(torch.randn_like(y))
+            upstream.append(torch.randn(y.shape))
         y.backward(upstream[0])
         return torch.cat([y.detach().flatten(), leaf.grad.flatten()])
 

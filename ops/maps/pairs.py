@@ -152,12 +152,13 @@ def _join_position(
     queries: Tensor, keys: Tensor, metric: str, position: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, str]:
     """Make features whose products are similarity plus bias: the search stays a plain one."""
-    b = keys.shape[0]
+    b, same = keys.shape[0], queries is keys
     if metric == "euclidean":  # q·k - |k|²/2 ranks as the distance does: one more channel
         keys = torch.cat([keys, keys.square().sum(-1, keepdim=True) / -2], -1)
         queries = F.pad(queries, (0, 1), value=1.0)
     elif metric == "cosine":
-        queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+        keys = F.normalize(keys.detach(), dim=-1)
+        queries = keys if same else F.normalize(queries.detach(), dim=-1)
     rows = (
         torch.cat([x, p.to(x.dtype).expand(b, *p.shape)], -1)
         for x, p in zip((queries, keys), position, strict=True)
