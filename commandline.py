@@ -221,6 +221,23 @@ def parse_arguments(
     if values["checkpoint"] and not (values["resume"] or values["test_only"]):
         parser.error("--checkpoint is read by --test_only and --resume: give one of them too.")
     former = read_former(parser, values["config"])
+    fill_in(values, given, former, read_preset(parser, values, given))
+    if values["pretrained"] and not values["resume"]:
+        adopt_pretrained(parser, values, given)
+    if "output_dir" not in given | set(former):
+        values["output_dir"] = default_output_dir(values)
+    checkpoint = settle_folder(parser, values, given)
+    try:
+        whole_numbers(chosen(values).owners, values)
+    except OptionError as error:
+        parser.error(flagged(error, all_options()))
+    return values, given, checkpoint
+
+
+def read_preset(
+    parser: argparse.ArgumentParser, values: dict[str, Any], given: set[str]
+) -> dict[str, Any]:
+    """Return the arguments of ``--preset``, or of the weights that ``--input`` takes by itself."""
     preset: dict[str, Any] = {}
     if values["input"] and not given & NAMES_WEIGHTS:
         values["pretrained"], preset = shipped_weights(parser, values, given)
@@ -233,6 +250,16 @@ def parse_arguments(
                 f"--preset {values['preset']} is a {model}, not a {values['model']}: leave one out."
             )
         preset = {**preset, "model": model}
+    return preset
+
+
+def fill_in(
+    values: dict[str, Any], given: set[str], former: Mapping[str, Any], preset: Mapping[str, Any]
+) -> None:
+    """Give what the user did not give the value of a preset, of a former run, or of what is chosen.
+
+    The names in `preset` count as given from then on.
+    """
     for name in ("model", "dataset", "task", "layer"):
         for source in (getattr(model_class(values["model"]), "defaults", {}), former, preset):
             if name not in given and name in source:
@@ -243,37 +270,30 @@ def parse_arguments(
     for source in (chosen(values).defaults(), former, preset):
         values |= {n: v for n, v in source.items() if n not in given and n != "task"}
     given |= set(preset)
-    if values["pretrained"] and not values["resume"]:
-        adopt_pretrained(parser, values, given)
 
-    base = values["output_dir"]
-    if "output_dir" not in given | set(former):
-        base = default_output_dir(values)
-    checkpoint = None
+
+def settle_folder(
+    parser: argparse.ArgumentParser, values: dict[str, Any], given: set[str]
+) -> dict[str, Any] | None:
+    """Settle which folder the run writes to; return the checkpoint it goes on from or tests."""
     if values["resume"] == "auto":
-        values["output_dir"] = base
         find_newest(values)
-    if values["resume"] == "auto":
-        values["overwrite"] = True  # nothing is there to go on from
-    elif values["resume"] or (values["test_only"] and "pretrained" not in given):
-        values["output_dir"] = base
-        checkpoint = read_checkpoint(parser, values, given)
-    elif "output_dir" not in given:
+        if values["resume"] == "auto":
+            values["overwrite"] = True  # nothing is there to go on from
+            return None
+    if values["resume"] or (values["test_only"] and "pretrained" not in given):
+        return read_checkpoint(parser, values, given)
+    base = values["output_dir"]
+    if "output_dir" not in given:
         values["output_dir"] = base if values["overwrite"] else next_free(base)
-    else:
-        values["output_dir"] = base
-        of_run = ("overwrite", "dry_run", "test_only", "check_data")
-        writes = not any(values[name] for name in of_run)
-        if writes and RunFolder(base).holds_run():
-            parser.error(
-                f"--output_dir {base} already holds a run. Add --resume to go on with it, "
-                "--test_only to evaluate it, --overwrite to replace it, or name another folder."
-            )
-    try:
-        whole_numbers(chosen(values).owners, values)
-    except OptionError as error:
-        parser.error(flagged(error, all_options()))
-    return values, given, checkpoint
+        return None
+    of_run = ("overwrite", "dry_run", "test_only", "check_data")
+    if not any(values[name] for name in of_run) and RunFolder(base).holds_run():
+        parser.error(
+            f"--output_dir {base} already holds a run. Add --resume to go on with it, "
+            "--test_only to evaluate it, --overwrite to replace it, or name another folder."
+        )
+    return None
 
 
 def find_newest(values: dict[str, Any]) -> None:
