@@ -384,12 +384,14 @@ def stage_sides(
     for stage, pool in enumerate(pools):
         step = patch_size << stage
         if any(side % (step * pool) for side in image_size):
-            what = f"patch_size {patch_size}"
+            stages = ""
             if len(pools) > 1:
-                what += f", halved {stage} times and pooled by {pool},"
+                squares = "" if pool == 1 else f", and their keys are {pool} x {pool} of them"
+                stages = f" (nodes of stage {stage + 1} have {step} x {step} pixels{squares})"
             raise ValueError(
-                f"{what} does not divide images of {image_size[0]} x {image_size[1]} pixels: they "
-                "are cut into whole patches. Try another patch_size or resize."
+                f"patch_size {patch_size} does not divide images of {image_size[0]} x "
+                f"{image_size[1]} pixels: they are cut into whole patches{stages}. Try another "
+                "patch_size or resize."
             )
         found.append(tuple(side // step for side in image_size))
     return found

@@ -163,7 +163,7 @@ def measure(name: str, plain: bool, n: int, seconds: float) -> dict:
     result = step()
     memory = resident("cpu", True) - before
     times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 50):
+    while not times or (time.perf_counter() < end and len(times) < 50):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from dataset import Data, check_num_classes
 from files import DataError, NpzFile, shown
-from options import Options, option
+from options import OptionError, Options, option
 from tasks.clouds import CLOUD_SUFFIXES, Surface, read_cloud, sample_mesh
 
 __all__ = [
@@ -89,12 +89,12 @@ class ShapesOptions(PointOptions):
         if self.fewest_points is None:
             return
         if self.fewest_points > self.num_points:
-            raise ValueError(
+            raise OptionError(
                 f"fewest_points {self.fewest_points} is more than num_points {self.num_points}: "
                 "clouds have from the one to the other. Lower it."
             )
         if self.pad == "refuse":
-            raise ValueError(
+            raise OptionError(
                 f"fewest_points {self.fewest_points} makes clouds of unequal sizes, and nothing "
                 "says what fills them: try pad mask or pad repeat."
             )

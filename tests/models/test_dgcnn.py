@@ -82,7 +82,10 @@ def test_every_layer_learns(layer, sizes, tmp_path, monkeypatch):
     [
         (["--num_points", "4"], "K=5 is larger than the number of points of a cloud, 4"),
         (["--fewest_points", "9"], "clouds of unequal sizes, and nothing says what fills them"),
-        (["--fewest_points", "99", "--pad", "mask"], "fewest_points 99 is more than num_points 24"),
+        (
+            ["--fewest_points", "99", "--pad", "mask"],
+            "--fewest_points 99 is more than --num_points 24",
+        ),
         (["--dataset", "digits"], "takes points, and --dataset digits has images. Datasets for"),
         (["--layer", "Conv2d"], "--layer Conv2d does not fit --model dgcnn"),
         (["--similarity_type", "Loc_Col"], "similarity_type must be one of Col, Loc"),

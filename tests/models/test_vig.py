@@ -108,7 +108,7 @@ def test_all_parameters_get_gradients():
         (["--patch_size", "32"], "--patch_size 32 does not divide images of 16 x 16 pixels"),
         (
             ["--patch_size", "4"],
-            "K=17 is larger than the number of nodes to choose from in block 12, 16",
+            "K=17 is larger than the number of nodes to choose from in block 11, 16",
         ),
         (
             ["--patch_size", "4", "--K", "5", "--max_dilation", "4"],
@@ -116,7 +116,7 @@ def test_all_parameters_get_gradients():
         ),
         (
             ["--model", "pvig_tiny", "--patch_size", "4"],
-            "patch_size 4, halved 1 times and pooled by 2, does not divide",
+            "nodes of stage 4 have 32 x 32 pixels). Try another --patch_size",
         ),
         (["--patch_size", "4", "--K", "4", "--groups", "3"], "groups 3 does not divide the"),
         (["--layer", "ConvNN"], "--layer ConvNN does not fit --model vig_tiny, which takes Max"),
