@@ -137,7 +137,8 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT)",
+            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT), or "
+            "combines a node with its neighbors (ViG, DGCNN)",
             choices=tuple(name for table in LAYER_KINDS.values() for name in table),
             fixed=True,
         ),

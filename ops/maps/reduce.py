@@ -79,6 +79,8 @@ def edge_max(
     if norm is None:
         best = a + max_neighbors(b, indices)
         return best if present is None else best * present[..., None]
+    if b.dtype != torch.float64:  # sums over all edges: in float32 at least
+        a, b = a.float(), b.float()
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(b.dtype)
     best = a + max_neighbors(b * sign, indices) * sign
     if norm.training or norm.running_mean is None:
@@ -102,6 +104,7 @@ class _EdgeStatistics(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, a: Tensor, b: Tensor, indices: Tensor, there: Tensor | None, edges: int):
         K = indices.shape[-1]
         counts = torch.zeros(b.shape[:2], dtype=b.dtype, device=b.device)

@@ -100,3 +100,17 @@ def test_groups_that_do_not_divide():
         GRAPH_LAYERS["GIN"](in_channels=6, out_channels=8)
     with pytest.raises(ValueError, match="groups 3 does not divide the 4 out_channels"):
         GRAPH_LAYERS["GIN"](in_channels=6, out_channels=4, groups=3)
+
+
+@pytest.mark.parametrize("name", GRAPH_LAYERS)
+def test_mixed_precision(name):
+    torch.manual_seed(0)
+    layer = GRAPH_LAYERS[name](in_channels=8, out_channels=8, groups=2)
+    x = torch.randn(2, 20, 8, requires_grad=True)
+    indices = torch.randint(20, (2, 20, 4))
+    expected = layer(x, indices)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x, indices)
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.1)
+    got.float().square().sum().backward()
+    assert x.grad.isfinite().all()

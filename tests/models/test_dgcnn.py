@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from layers import GRAPH_LAYERS
+from layers import GRAPH_LAYERS, KvtAttention
 from main import main
 from models import DGCNN, MODELS
 
@@ -102,3 +102,26 @@ def test_shapes_that_are_no_clouds():
     with pytest.raises(ValueError, match=r"built for 3 channels \(got \(2, 4, 9\)\)"):
         build()(torch.randn(2, 4, 9))
     assert MODELS["dgcnn"] is DGCNN
+
+
+def saved_numbers(module, *inputs):
+    """Count the numbers that a forward pass keeps for the backward pass."""
+    counts = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: counts.append(t.numel()) or t, lambda t: t
+    ):
+        module(*inputs)
+    return sum(counts)
+
+
+@pytest.mark.parametrize("layer", GRAPH_LAYERS)
+def test_what_is_kept_grows_with_the_points_alone(layer):
+    model = build(layer, dropout=0.0)
+    one, two, four = (saved_numbers(model, torch.randn(2, 3, n)) for n in (32, 64, 128))
+    assert four - two == 2 * (two - one)
+
+
+def test_kvt_keeps_no_table_of_scores():
+    model = KvtAttention(8, 2, K=4, attention_dropout=0.0)
+    one, two, four = (saved_numbers(model, torch.randn(2, n, 8)) for n in (32, 64, 128))
+    assert four - two == 2 * (two - one)
