@@ -195,7 +195,7 @@ def position_features(sides: tuple[int, int], channels: int, pool: int) -> tuple
 
 
 class Stage(nn.Module):
-    """Blocks over the nodes of one map."""
+    """Blocks over the nodes of one map; of each K, dilation and drop path."""
 
     def __init__(
         self,
@@ -203,10 +203,7 @@ class Stage(nn.Module):
         channels: int,
         sides: tuple[int, int],
         pool: int,
-        *,
-        neighbors: list[int],
-        dilations: list[int],
-        drop_paths: list[float],
+        blocks: list[tuple[int, int, float]],
         position_bias: bool,
     ):
         super().__init__()
@@ -216,8 +213,8 @@ class Stage(nn.Module):
             for name, values in zip(("queries", "keys"), features, strict=True):
                 self.register_buffer(f"position_{name}", values, persistent=False)
         self.blocks = nn.ModuleList(
-            Block(layer, channels, K, dilation, pool, share)
-            for K, dilation, share in zip(neighbors, dilations, drop_paths, strict=True)
+            Block(layer, channels, K, dilation, pool, drop_path)
+            for K, dilation, drop_path in blocks
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -315,35 +312,18 @@ class ViG(nn.Module):
             dropout=dropout,
             width=width,
         )
-        row = self.size
-        channels = [8 * max(1, round(c * width / 8)) for c in row.channels]
         self.image_size = tuple(image_size)
-        sides = stage_sides(self.image_size, patch_size, row.pools)
-        count = sum(row.blocks)
-        neighbors = torch.linspace(K, row.growth * K, count, device="cpu").int().tolist()
-        dilations = dilation_schedule(neighbors, row, sides, max_dilation)
-        shares = torch.linspace(0, drop_path, count, device="cpu").tolist()
+        channels = [8 * max(1, round(c * width / 8)) for c in self.size.channels]
+        sides = stage_sides(self.image_size, patch_size, self.size.pools)
         self.stem = build_stem(in_channels, channels[0], patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, channels[0], *sides[0]))
+        schedule = self.schedule(sides, K, max_dilation, drop_path)
         stages: list[nn.Module] = []
-        first = 0
-        for i, blocks in enumerate(row.blocks):
+        for i, blocks in enumerate(schedule):
             if i:
                 stages.append(nn.Sequential(*halving(channels[i - 1], channels[i])))
-            part = slice(first, first + blocks)
-            stages.append(
-                Stage(
-                    layer,
-                    channels[i],
-                    sides[i],
-                    row.pools[i],
-                    neighbors=neighbors[part],
-                    dilations=dilations[part],
-                    drop_paths=shares[part],
-                    position_bias=position_bias,
-                )
-            )
-            first += blocks
+            pool = self.size.pools[i]
+            stages.append(Stage(layer, channels[i], sides[i], pool, blocks, position_bias))
         self.stages = nn.Sequential(*stages)
         hidden = 8 * max(1, round(HEAD * width / 8))
         self.classifier = nn.Sequential(
@@ -353,6 +333,25 @@ class ViG(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
         )
+
+    def schedule(
+        self, sides: list[tuple[int, int]], K: int, max_dilation: int | None, drop_path: float
+    ) -> list[list[tuple[int, int, float]]]:
+        """Return K, dilation and drop path of every block of every stage, or refuse too large K."""
+        total, found, number = sum(self.size.blocks), [], 0
+        for stage, count in enumerate(self.size.blocks):
+            candidates = math.prod(side // self.size.pools[stage] for side in sides[stage])
+            blocks = []
+            for _ in range(count):
+                share = number / max(1, total - 1)
+                mine = int(K * (1 + share * (self.size.growth - 1)) + 1e-6)
+                most = max(1, candidates // mine) if max_dilation is None else max_dilation
+                dilation = min(number // 4 + 1, most)
+                number += 1
+                check_candidates(number, mine, dilation, candidates)
+                blocks.append((mine, dilation, share * drop_path))
+            found.append(blocks)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores of `x`."""
@@ -397,22 +396,12 @@ def stage_sides(
     return found
 
 
-def dilation_schedule(
-    neighbors: list[int], row: Size, sides: list[tuple[int, int]], most: int | None
-) -> list[int]:
-    """Return the dilation of every block, one more every four of them, and check K·D."""
-    stages = [stage for stage, count in enumerate(row.blocks) for _ in range(count)]
-    found = []
-    for block, (K, stage) in enumerate(zip(neighbors, stages, strict=True)):
-        candidates = math.prod(side // row.pools[stage] for side in sides[stage])
-        allowed = max(1, candidates // K) if most is None else most
-        dilation = min(block // 4 + 1, allowed)
-        if K * dilation > candidates:
-            of = "" if dilation == 1 else f" with dilation {dilation} looks at {K * dilation} and"
-            raise ValueError(
-                f"K={K}{of} is larger than the number of nodes to choose from in block "
-                f"{block + 1}, {candidates}. Try a smaller K, max_dilation or patch_size, or a "
-                "larger resize."
-            )
-        found.append(dilation)
-    return found
+def check_candidates(block: int, K: int, dilation: int, candidates: int) -> None:
+    """Refuse a block whose nodes would look at more nodes than there are."""
+    if K * dilation <= candidates:
+        return
+    of = "" if dilation == 1 else f" with dilation {dilation} looks at {K * dilation} and"
+    raise ValueError(
+        f"K={K}{of} is larger than the number of nodes to choose from in block {block}, "
+        f"{candidates}. Try a smaller K, max_dilation or patch_size, or a larger resize."
+    )
