@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_n3 import reset_peak, resident
+
 from layers import EdgeConv, KvtAttention
 from models.vig import position_features
 from ops.maps.pairs import nearest_rows
 from ops.maps.reduce import max_neighbors
-from scripts.bench_n3 import reset_peak, resident
 
 MOST_PLAIN_BYTES = 4e9
 
