@@ -46,6 +46,7 @@ __all__ = [
     "build_loader",
     "build_npz",
     "check_num_classes",
+    "full_dataset",
     "image_side",
     "limit",
     "read_image",
@@ -697,6 +698,11 @@ def limit(dataset: Dataset | None, count: int | None) -> Dataset | None:
     return Subset(dataset, range(count))
 
 
+def full_dataset(dataset: Dataset) -> Dataset:
+    """Return the data set that a part, or a part of a part, was taken from."""
+    return full_dataset(dataset.dataset) if isinstance(dataset, Subset) else dataset
+
+
 def split_train(data: Data, fraction: float, seed: int) -> Data:
     """Hold a random part of the training set out as ``data.val``, without its augmentation.
 
@@ -803,10 +809,9 @@ def _collate(batch: Any) -> Any:
 
 def loading_processes(dataset: Dataset, wanted: int) -> int:
     """Return how many processes load a data set; -1 asks for as many as serve it."""
-    base = dataset.dataset if isinstance(dataset, Subset) else dataset
     if wanted >= 0:
         return wanted
-    return 0 if hasattr(base, "__getitems__") else min(4, os.cpu_count() or 1)
+    return 0 if hasattr(full_dataset(dataset), "__getitems__") else min(4, os.cpu_count() or 1)
 
 
 def build_loader(
@@ -830,8 +835,7 @@ def build_loader(
         pin_memory: Page-locked memory, for copies to a GPU.
         balanced: With shuffle: that many samples at the start hold all classes equally often.
     """
-    base = dataset.dataset if isinstance(dataset, Subset) else dataset
-    batch_size = min(batch_size, getattr(base, "max_batch_size", batch_size))
+    batch_size = min(batch_size, getattr(full_dataset(dataset), "max_batch_size", batch_size))
     num_workers = loading_processes(dataset, num_workers)
     sampler = EpochSampler(dataset, seed) if shuffle else None
     if shuffle and balanced:

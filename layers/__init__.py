@@ -28,6 +28,7 @@ from layers.convnn import Conv1d_NN, Conv2d_NN
 from layers.coordinates import add_coordinates, coordinate_channels
 from layers.graph import GIN, EdgeConv, GraphSAGE, MaxRelative
 from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
+from layers.record import record_neighbors
 from layers.tokens import (
     Attention,
     BranchAttention,
@@ -68,6 +69,7 @@ __all__ = [
     "PixelUnshuffle1D",
     "add_coordinates",
     "coordinate_channels",
+    "record_neighbors",
     "same_conv",
 ]
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from dataset import Data, DataError, read_image_folders
+from dataset import Data, DataError, full_dataset, read_image_folders
 from options import Options, option
 from run_folder import RunFolder
 from tasks.pictures import check_target, find_pictures, read_picture, write_picture
@@ -637,7 +637,7 @@ class RestorationTask(Task):
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
     ) -> tuple[dict[str, float], list[str]]:
         """Evaluate on the test set, with a table of images, and pictures if they are asked for."""
-        base = data.test.dataset if isinstance(data.test, Subset) else data.test
+        base = full_dataset(data.test)
         report = ImageReport(base.names, run, self.before, self.after, pictures=self.save_images)
 
         def observe(inputs: Tensor, outputs: Tensor, clean: Tensor, metrics: Mapping) -> None:
