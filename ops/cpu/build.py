@@ -32,7 +32,7 @@ from torch import Tensor
 __all__ = ["NativeError", "OutOfRange", "build", "kernel", "library", "status"]
 
 SOURCES = Path(__file__).parent
-ABI = 5  # kernels_abi() in threads.h: one number for all of SIGNATURES
+ABI = 6  # kernels_abi() in threads.h: one number for all of SIGNATURES
 
 # The entry points of each source and their arguments: p a pointer, i an int64, d an int, f a float
 # and t the number of threads, which `kernel` adds. They return a code (`_run`), or what follows >.
@@ -50,6 +50,12 @@ SIGNATURES = {
     "attend": {
         "nn_attend": "ppppipppddfppiiiiit",
         "nn_attend_backward": "ppppppippddppppiiiiit",
+    },
+    "reduce": {
+        "nn_max_rows": "ppppiiiiit",
+        "nn_max_rows_backward": "pppiiiit",
+        "nn_sum_rows": "pppiiiiit",
+        "nn_sum_rows_backward": "pppiiiiit",
     },
     "relax": {
         "relaxed_forward": "pppiiit",
@@ -98,7 +104,7 @@ _TYPES = {
 }
 # Sources that one layer needs: they are compiled at the same time.
 _TOGETHER = (
-    ("search", "aggregate", "attend"),
+    ("search", "aggregate", "attend", "reduce"),
     ("windows", "relax"),
     ("index", "progressive"),
     ("distances",),

@@ -16,6 +16,16 @@ from ops.maps.aggregate import (
     aggregate_torch,
 )
 from ops.maps.attend import attend_backward_op, attend_backward_torch, attend_op, attend_torch
+from ops.maps.reduce import (
+    max_rows_backward_op,
+    max_rows_backward_torch,
+    max_rows_op,
+    max_rows_torch,
+    sum_rows_backward_op,
+    sum_rows_backward_torch,
+    sum_rows_op,
+    sum_rows_torch,
+)
 from ops.maps.search import prepare, search_op, search_torch
 from ops.topk import topk_rows_op, topk_rows_torch
 
@@ -131,3 +141,51 @@ def _attend_backward(gy, attention, q, k, v, indices, weight, euclidean, fixed, 
         *(int(euclidean), int(fixed), gq, gk, gv, gw, b, m, n, c, K),
     )
     return gq, gk, gv, gw.T.contiguous()
+
+
+@max_rows_op.register_kernel("cpu")
+def _max_rows(x, indices):
+    (b, n, c), (m, K) = x.shape, indices.shape[-2:]
+    native = build.kernel("nn_max_rows", x, indices) if m and n < 2**31 else None
+    if native is None:
+        return max_rows_torch(x, indices)
+    x, indices = _contiguous(x, indices)
+    y, origin = x.new_empty(b, m, c), x.new_empty(b, m, c, dtype=torch.int32)
+    native(x, indices, y, origin, b, m, n, c, K)
+    return y, origin
+
+
+@max_rows_backward_op.register_kernel("cpu")
+def _max_rows_backward(gy, origin, n):
+    b, m, c = gy.shape
+    native = build.kernel("nn_max_rows_backward", gy) if m else None
+    if native is None:
+        return max_rows_backward_torch(gy, origin, n)
+    gy, origin = _contiguous(gy, origin)
+    gx = gy.new_zeros(b, n, c)
+    native(gy, origin, gx, b, m, n, c)
+    return gx
+
+
+@sum_rows_op.register_kernel("cpu")
+def _sum_rows(x, indices):
+    (b, n, c), (m, K) = x.shape, indices.shape[-2:]
+    native = build.kernel("nn_sum_rows", x, indices) if m else None
+    if native is None:
+        return sum_rows_torch(x, indices)
+    x, indices = _contiguous(x, indices)
+    y = x.new_empty(b, m, c)
+    native(x, indices, y, b, m, n, c, K)
+    return y
+
+
+@sum_rows_backward_op.register_kernel("cpu")
+def _sum_rows_backward(gy, indices, n):
+    (b, m, c), K = gy.shape, indices.shape[-1]
+    native = build.kernel("nn_sum_rows_backward", gy, indices) if m else None
+    if native is None:
+        return sum_rows_backward_torch(gy, indices, n)
+    gy, indices = _contiguous(gy, indices)
+    gx = gy.new_zeros(b, n, c)
+    native(gy, indices, gx, b, m, n, c, K)
+    return gx
