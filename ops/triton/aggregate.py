@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.rows import contiguous, index_step
-from ops.triton.launch import next_power, tuned, widens
+from ops.triton.launch import next_power, precision, tuned, widens
 
 __all__ = ["aggregate", "aggregate_backward"]
 
@@ -220,12 +220,6 @@ def _weight_gradient(
     )
 
 
-def _products(x: Tensor) -> dict[str, str | bool]:
-    """How a type is multiplied: float32 as PyTorch multiplies matrices."""
-    fast = torch.backends.cuda.matmul.allow_tf32
-    return {"PRECISION": "tf32" if fast else "ieee", "WIDEN": widens(x.dtype)}
-
-
 def aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Aggregate as `ops.maps.aggregate.aggregate_neighbors` does; all of one type."""
     x, indices, bias = contiguous(x, indices, bias)
@@ -234,7 +228,8 @@ def aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -
     taps = weight.permute(2, 1, 0).contiguous()
     _forward[lambda size: (triton.cdiv(b * m, size["BM"]) * triton.cdiv(o, size["BO"]),)](
         *(x, indices, taps, bias, y, index_step(indices, 2), b * m, m, n, c, o, K),
-        **_products(x),
+        PRECISION=precision(),
+        WIDEN=widens(x.dtype),
     )
     return y
 
@@ -246,7 +241,7 @@ def aggregate_backward(
     gy, x, indices = contiguous(gy, x, indices)
     (b, n, c), (m, K), o = x.shape, indices.shape[-2:], weight.shape[0]
     step, sizes = index_step(indices, 2), (b * m, m, n, c, o, K)
-    options = _products(x)
+    options = {"PRECISION": precision(), "WIDEN": widens(x.dtype)}
     gx = x.new_zeros((b, n, c) if need_x else 0, dtype=torch.float32)
     gw = x.new_zeros((K, o, c) if need_weight else (0, 0, 0), dtype=torch.float32)
     if need_x:

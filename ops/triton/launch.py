@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ops.cpu.build import NativeError, switch
 
-__all__ = ["has_tf32", "interpreted", "kernels", "next_power", "tuned", "widens"]
+__all__ = ["has_tf32", "interpreted", "kernels", "next_power", "precision", "tuned", "widens"]
 
 
 def interpreted() -> bool:
@@ -80,6 +80,11 @@ def has_tf32(device: torch.device) -> bool:
 def widens(dtype: torch.dtype) -> bool:
     """Tell whether kernels must widen a type for a product: the interpreter has no bfloat16's."""
     return interpreted() and dtype == torch.bfloat16
+
+
+def precision() -> str:
+    """How float32 is multiplied: as PyTorch multiplies matrices."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def next_power(n: int) -> int:
