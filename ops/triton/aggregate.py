@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.rows import contiguous, index_step
-from ops.triton.launch import next_power, precision, tuned, widens
+from ops.triton.launch import next_power, on_device, precision, tuned, widens
 
 __all__ = ["aggregate", "aggregate_backward"]
 
@@ -220,6 +220,7 @@ def _weight_gradient(
     )
 
 
+@on_device
 def aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Aggregate as `ops.maps.aggregate.aggregate_neighbors` does; all of one type."""
     x, indices, bias = contiguous(x, indices, bias)
@@ -234,6 +235,7 @@ def aggregate(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -
     return y
 
 
+@on_device
 def aggregate_backward(
     gy: Tensor, x: Tensor, indices: Tensor, weight: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:

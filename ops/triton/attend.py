@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.rows import contiguous, index_step
-from ops.triton.launch import next_power, tuned
+from ops.triton.launch import next_power, on_device, tuned
 
 __all__ = ["MOST", "attend", "attend_backward"]
 
@@ -274,6 +274,7 @@ def _weight_gradient(
     )
 
 
+@on_device
 def attend(
     q: Tensor,
     k: Tensor,
@@ -298,6 +299,7 @@ def attend(
     return y, attention
 
 
+@on_device
 def attend_backward(
     gy: Tensor,
     attention: Tensor,

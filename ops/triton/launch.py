@@ -18,7 +18,16 @@ from torch import Tensor
 
 from ops.cpu.build import NativeError, switch
 
-__all__ = ["has_tf32", "interpreted", "kernels", "next_power", "precision", "tuned", "widens"]
+__all__ = [
+    "has_tf32",
+    "interpreted",
+    "kernels",
+    "next_power",
+    "on_device",
+    "precision",
+    "tuned",
+    "widens",
+]
 
 
 def interpreted() -> bool:
@@ -80,6 +89,17 @@ def has_tf32(device: torch.device) -> bool:
 def widens(dtype: torch.dtype) -> bool:
     """Tell whether kernels must widen a type for a product: the interpreter has no bfloat16's."""
     return interpreted() and dtype == torch.bfloat16
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the GPU of the first tensor, whichever is the current one."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def precision() -> str:

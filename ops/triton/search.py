@@ -43,7 +43,7 @@ from torch import Tensor
 from ops import METRICS
 from ops.maps.search import places, prepare_indices
 from ops.rows import take_rows
-from ops.triton.launch import has_tf32, next_power, tuned, widens
+from ops.triton.launch import has_tf32, next_power, on_device, tuned, widens
 
 __all__ = ["MOST", "search"]
 
@@ -133,10 +133,9 @@ def _write_best(
     {"BM": 16, "BN": 32, "BC": 16},
     {"BM": 16, "BN": 128, "BC": 32, "num_warps": 4, "num_stages": 3},
     {"BM": 32, "BN": 64, "BC": 32, "num_warps": 4, "num_stages": 3},
-    {"BM": 32, "BN": 128, "BC": 32, "num_warps": 4, "num_stages": 3},
-    {"BM": 64, "BN": 64, "BC": 32, "num_warps": 4, "num_stages": 3},
+    {"BM": 32, "BN": 128, "BC": 32, "num_warps": 8, "num_stages": 3},
+    {"BM": 64, "BN": 64, "BC": 32, "num_warps": 8, "num_stages": 3},
     {"BM": 64, "BN": 128, "BC": 32, "num_warps": 8, "num_stages": 3},
-    {"BM": 64, "BN": 64, "BC": 64, "num_warps": 8, "num_stages": 3},
 )
 @triton.jit
 def _scan(
@@ -393,6 +392,7 @@ def _is_certified(keys: Tensor, count: int, K: int) -> bool:
     return keys.dtype != torch.float32 or has_tf32(keys.device)
 
 
+@on_device
 def search(
     queries: Tensor | None,
     keys: Tensor,

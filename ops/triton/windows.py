@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.patches.grid import PatchGrid
-from ops.triton.launch import next_power, precision, tuned
+from ops.triton.launch import next_power, on_device, precision, tuned
 
 __all__ = ["aggregate", "aggregate_backward", "distances", "distances_backward"]
 
@@ -310,6 +310,7 @@ def _axes(grid: PatchGrid, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return grid.rows, grid.cols, *size
 
 
+@on_device
 def distances(
     images: Tensor, grid: PatchGrid, size: tuple[int, int], begin: int, end: int
 ) -> Tensor:
@@ -333,6 +334,7 @@ def distances(
     return out
 
 
+@on_device
 def distances_backward(
     grad: Tensor, images: Tensor, grid: PatchGrid, size: tuple[int, int]
 ) -> Tensor:
@@ -348,6 +350,7 @@ def distances_backward(
     return out
 
 
+@on_device
 def aggregate(
     weights: Tensor,
     images: Tensor,
@@ -376,6 +379,7 @@ def aggregate(
     )
 
 
+@on_device
 def aggregate_backward(
     grad: Tensor,
     weights: Tensor,

@@ -17,9 +17,13 @@ from ops.triton import operators
 ROOT = Path(__file__).parents[2]
 
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@needs_triton
 def test_kernels_hold_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/triton"],
         cwd=ROOT,
@@ -30,6 +34,22 @@ def test_kernels_hold_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
     assert "skipped" not in done.stdout
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "compile_kernels.py", "90"],
+        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    compiled = {tuple(line.split()[:2]) for line in done.stdout.splitlines()}
+    for path in (ROOT / "ops" / "triton").glob("*.py"):
+        for function in re.findall(r"^def (\w+)\((?=\n    \w+_ptr)", path.read_text(), re.M):
+            assert (path.stem, function) in compiled
 
 
 def test_without_a_gpu_pytorch_answers_and_triton_stays_unloaded(monkeypatch):
