@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NativeError", "OutOfRange", "build", "kernel", "library", "status"]
+__all__ = ["NativeError", "OutOfRange", "build", "kernel", "library", "status", "switch"]
 
 SOURCES = Path(__file__).parent
 ABI = 6  # kernels_abi() in threads.h: one number for all of SIGNATURES
@@ -227,7 +227,8 @@ def build(name: str) -> ctypes.CDLL:
     raise NativeError("\n".join(problems))
 
 
-def _wanted() -> str:
+def switch() -> str:
+    """Return what `NEIGHBORS_NATIVE` asks for: "0", "1" or "require"."""
     wanted = os.environ.get("NEIGHBORS_NATIVE", "1").lower()
     return "0" if wanted in ("0", "off", "false", "no") else wanted
 
@@ -244,7 +245,7 @@ def library(name: str = "search") -> ctypes.CDLL | None:
 
     They are built at the first call, with those needed beside them; what came of that is kept.
     """
-    wanted = _wanted()
+    wanted = switch()
     if wanted == "0":
         return None
     if name not in _found:
@@ -263,7 +264,7 @@ def library(name: str = "search") -> ctypes.CDLL | None:
 
 def status() -> str:
     """Say in words whether the kernels are in use, building them if need be."""
-    if _wanted() == "0":
+    if switch() == "0":
         return "switched off"
     lib = library()
     if lib is None:
