@@ -181,9 +181,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def reader(folder, monkeypatch):
-    """A reader's folder and interpreter; nothing is downloaded."""
+    """A folder of a reader, who downloads nothing."""
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("MPLBACKEND", raising=False)
     for name in DOWNLOADED:
         monkeypatch.setitem(DATASETS, name, tiny(DATASETS[name]))
     torch.manual_seed(0)
