@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from checkpoints import load_checkpoint, load_weights
+from checkpoints import CheckpointError, load_checkpoint, load_pretrained, load_weights
 from dataset import Data, DataError, DataOptions, full_dataset, image_side
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
@@ -27,6 +28,7 @@ from utils import describe_model, lonely_norms, memory_size
 
 __all__ = [
     "Choice",
+    "OpenRun",
     "all_options",
     "build_model",
     "build_task",
@@ -34,6 +36,7 @@ __all__ = [
     "chosen",
     "describe",
     "load_data",
+    "open_run",
     "rehearse_run",
     "without_rows",
 ]
@@ -360,6 +363,78 @@ def open_feature_network(
     except ValueError as error:
         raise DataError(f"{path} does not fit --dataset {choice.dataset}: {error}") from error
     return data, network, stored["model"]
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A network trained here, opened again.
+
+    Attributes:
+        model: The network with the weights of its best epoch, in evaluation, on the CPU.
+        values: The arguments of its run.
+        choice: The rows that they choose.
+        task: What it learnt.
+        shape: Shape of one sample.
+        weights: The weights by name, as the file holds them.
+        epoch: The epoch they are of; None if the file does not say.
+    """
+
+    model: nn.Module
+    values: dict[str, Any]
+    choice: Choice
+    task: Task
+    shape: tuple[int, ...]
+    weights: dict[str, torch.Tensor]
+    epoch: int | None
+
+    def load_data(self) -> Data:
+        """Load the data of the run, as the network wants them."""
+        return load_run_data({**self.values, "test_only": True}, self.choice, self.task)
+
+
+def open_run(path: str | Path) -> OpenRun:
+    """Open the network of a run again.
+
+    Args:
+        path: The run's folder, or a file of weights that holds the arguments of its run.
+
+    Raises:
+        ValueError: If there is none, it is of no row of this version, or it is not trained by
+            gradients; or if its data, which say the sizes of its samples, are not there.
+    """
+    path = Path(path) / "best.pt" if Path(path).is_dir() or not Path(path).suffix else Path(path)
+    checkpoint = load_checkpoint(path)
+    stored = checkpoint["args"]
+    known = {name: each for name, (_, each) in all_options().items()}
+    check_stored(without_rows(known), stored, str(path))
+    values = {name: each.default for name, each in known.items()} | stored
+    tables = {"model": MODELS, "dataset": DATASETS, "task": {**TASKS, None: None}}
+    for name, table in tables.items():
+        if values[name] not in table:
+            raise CheckpointError(
+                f"{path} was made with {name} {values[name]}, which this version does not have."
+            )
+    choice = chosen(values)
+    values = values | choice.defaults() | stored
+    if choice.model_type.training != "gradient":
+        raise CheckpointError(
+            f"{path} holds a {values['model']}, which learns by {choice.model_type.training}: "
+            "a network trained by gradients is needed."
+        )
+    task, entry = build_task(values, choice), choice.entry
+    if (shape := getattr(task, "known_shape", None)) is not None:
+        sizes = task.known_sizes(shape, None)
+    elif entry.shape is not None:
+        side = image_side(entry.shape[1:], values["resize"], choice.model_type.min_input_size)
+        shape = entry.shape if side is None else (entry.shape[0], side, side)
+        sizes = task.known_sizes(shape, entry.num_classes)
+    else:
+        data = load_run_data({**values, "test_only": True}, choice, task)
+        shape, sizes = data.sample_shape, task.sizes(data)
+    model = build_model(values, choice, sizes).eval()
+    load_pretrained(model, checkpoint["model"])
+    epoch = checkpoint.get("progress", {}).get("epoch")
+    return OpenRun(model, values, choice, task, tuple(shape), checkpoint["model"], epoch)
 
 
 def build_trainer(

@@ -314,7 +314,7 @@ def find_newest(values: dict[str, Any]) -> None:
 
 def newest_whole(folder: Path, say: Callable[[str], Any] | None = None) -> Path | None:
     """Return the newest checkpoint of a folder that can be read; None if there is none."""
-    for name in (RunFolder.LAST, RunFolder.BEST):
+    for name in (RunFolder.LAST, RunFolder.PREVIOUS, RunFolder.BEST):
         path = folder / name
         if not os.path.exists(path):
             continue

@@ -467,7 +467,8 @@ def source_of(
     """Say where the weights of a test come from."""
     if checkpoint is None:
         return str(values["pretrained"])
-    epoch = checkpoint.get("progress", {}).get("epoch", "?")
+    progress = checkpoint.get("progress")
+    epoch = progress.get("epoch", "?") if isinstance(progress, Mapping) else "?"
     return f"{values['checkpoint'] or folder.path / folder.BEST} (epoch {epoch})"
 
 

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from checkpoints import CheckpointError, check_rows, load_checkpoint, save_checkpoint
 from utils import CsvLog, WriteError, atomic_path, remove_left_overs, write_text, writing
 
 __all__ = [
@@ -85,9 +85,17 @@ class Progress:
             ):
                 raise CheckpointError(f"'{name}' of its 'progress' is missing or of another type.")
             setattr(made, name, value.copy() if isinstance(value, list) else value)
-        for name in ("history", "times"):
-            if not all(isinstance(row, Mapping) for row in getattr(made, name)):
-                raise CheckpointError(f"'{name}' of its 'progress' holds something else than rows.")
+        for name, column in (("history", "epoch"), ("times", "seconds")):
+            check_rows(getattr(made, name), f"progress['{name}']", [column])
+        if not all(isinstance(line, str) for line in made.lines):
+            raise CheckpointError("its progress['lines'] holds something else than text.")
+        told = [row["epoch"] for row in made.history]
+        right = told == list(range(1, len(told) + 1)) and len(told) == made.epoch
+        if not right or not 0 <= made.best_epoch <= made.epoch:
+            raise CheckpointError(
+                f"its progress says epoch {made.epoch}, best epoch {made.best_epoch}, and has rows "
+                f"of {len(told)} epochs: they do not belong together."
+            )
         return made
 
 
@@ -136,7 +144,8 @@ class RunFolder:
     """
 
     RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
-    LAST, BEST, TEST, CURVES = "last.pt", "best.pt", "test_results.txt", "curves.png"
+    LAST, BEST, PREVIOUS = "last.pt", "best.pt", "previous.pt"
+    TEST, CURVES = "test_results.txt", "curves.png"
     ARGS, MODEL, SUMMARY = "args.txt", "model.txt", "summary.json"
     ENVIRONMENT = "environment.json"
 
@@ -252,7 +261,8 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if fresh:
-                for name in (self.LAST, self.BEST, self.TEST, self.CURVES, self.SUMMARY):
+                names = (self.LAST, self.BEST, self.PREVIOUS, self.TEST, self.CURVES, self.SUMMARY)
+                for name in names:
                     (self.path / name).unlink(missing_ok=True)
         if args_text is not None:
             write_text(self.path / self.ARGS, args_text)
@@ -274,17 +284,31 @@ class RunFolder:
         """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far.
 
         The pair is decided by ``last.pt`` alone: if this is interrupted, :meth:`settle` of the
-        resumed run finds from its entries which file ``best.pt`` has to be.
+        resumed run finds from its entries which file ``best.pt`` has to be. Where ``best.pt`` is
+        not another file to fall back on, ``previous.pt`` is the state before; :meth:`end` removes
+        it.
 
         Returns:
             The digest of what was saved; empty where this process does not write.
         """
         if not self.writes:
             return ""
-        digest = save_checkpoint(self.path / self.LAST, checkpoint)
+        last, kept, previous = (self.path / n for n in (self.LAST, self.BEST, self.PREVIOUS))
+        if last.is_file():
+            link_or_copy(last, previous)
+        digest = save_checkpoint(last, checkpoint)
         if best:
-            link_or_copy(self.path / self.LAST, self.path / self.BEST)
+            link_or_copy(last, kept)
+        elif kept.is_file():
+            with writing(previous):
+                previous.unlink(missing_ok=True)
         return digest
+
+    def end(self) -> None:
+        """Remove what only a run that goes on needs."""
+        if self.writes:
+            with writing(self.path / self.PREVIOUS):
+                (self.path / self.PREVIOUS).unlink(missing_ok=True)
 
     def settle(self, source: Path, progress: Progress, *, at_end: bool) -> tuple[bool, str | None]:
         """Let ``last.pt`` and ``best.pt`` be those of the state that a run goes on from.

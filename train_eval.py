@@ -205,7 +205,7 @@ def fit(
                     set_random_state(random_state)
                     keep(reached)
                 raise
-            check_measured(trainer, measured, epoch)
+            check_measured(trainer, measured, epoch, progress)
             value = measured.metrics[task.headline]
             finished = trainer.end_epoch(value)
 
@@ -234,13 +234,14 @@ def fit(
         folder.write_line(f"Nothing left to learn after epoch {progress.epoch}.")
 
     held_out = None if run.data.val is None else len(run.data.val)
+    folder.end()
     for line in trainer.conclude(progress, held_out):
         folder.write_line(line)
     return progress
 
 
-def check_measured(trainer: Any, measured: Any, epoch: int) -> None:
-    """Refuse metrics that are not finite, before anything is saved.
+def check_measured(trainer: Any, measured: Any, epoch: int, progress: Progress) -> None:
+    """Refuse metrics that are not finite, or are others than before, before anything is saved.
 
     Raises:
         TrainingError: Says which, and the epoch.
@@ -252,6 +253,12 @@ def check_measured(trainer: Any, measured: Any, epoch: int) -> None:
                     f"{name} is {value} after epoch {epoch}: the evaluation is not finite, and "
                     f"this epoch is not saved. {trainer.advice}"
                 )
+        if progress.history and row.keys() != progress.history[0].keys():
+            raise TrainingError(
+                f"epoch {epoch} was measured by {', '.join(row)}, and the epochs before by "
+                f"{', '.join(progress.history[0])}: the checkpoint is of another version of this "
+                "program. Begin a run of its own."
+            )
 
 
 def after_epoch(trainer: Any, run: Run, progress: Progress, judge: str) -> None:

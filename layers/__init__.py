@@ -25,6 +25,7 @@ from layers.conv import Conv1d_New, Conv2d_New, same_conv
 from layers.convnn import Conv1d_NN, Conv2d_NN
 from layers.coordinates import add_coordinates, coordinate_channels
 from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
+from layers.record import record_neighbors
 from layers.tokens import (
     Attention,
     BranchAttention,
@@ -60,6 +61,7 @@ __all__ = [
     "PixelUnshuffle1D",
     "add_coordinates",
     "coordinate_channels",
+    "record_neighbors",
     "same_conv",
 ]
 

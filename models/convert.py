@@ -1,7 +1,7 @@
 """Layers of ours in networks of others: swaps the convolutions of any `nn.Module`.
 
 A convolution is replaced where a layer can take its place: 2-D, square odd kernels larger than 1×1,
-no groups, no dilation, padding that keeps the size of the map, equal strides. The rest stays and is
+no groups, no dilation, padding that keeps the size of the map. The rest stays and is
 listed. `ForeignNetwork` builds a network of torchvision or timm and converts it.
 """
 
@@ -83,7 +83,7 @@ def convert(
         new = layer(
             in_channels=conv.in_channels,
             out_channels=conv.out_channels,
-            stride=conv.stride[0],
+            stride=conv.stride if len(set(conv.stride)) > 1 else conv.stride[0],
             **options,
         )
         if keep_weights and _copy_weights(conv, new):
@@ -113,8 +113,6 @@ def _reason_to_keep(conv: nn.Module) -> str | None:
         return f"kernel {k[0]}x{k[1]}"
     if conv.padding not in ((k[0] // 2,) * 2, "same") or conv.padding_mode != "zeros":
         return "padding that changes the size of the map, or is not of zeros"
-    if conv.stride[0] != conv.stride[1]:
-        return "unequal strides"
     return None
 
 

@@ -35,6 +35,7 @@ ALLOWED = {
 }
 ALLOWED["commandline"] = {"builders", *ALLOWED["builders"], "environment"}
 ALLOWED["main"] = {*ALLOWED}
+ALLOWED["hubconf"] = {"builders", "checkpoints", "layers", "models", "options"}
 OURS = set(ALLOWED)
 
 

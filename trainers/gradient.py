@@ -6,12 +6,14 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ranks
+from checkpoints import CheckpointError, check_form
 from options import option
 from ranks import world_size
 from run_folder import TrainingError
@@ -230,14 +232,15 @@ class GradientTrainer(Trainer):
         self.debug_nan = debug_nan
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
         self.accum_steps = accum_steps
-        self.optimizer = build_optimizer(
-            model,
-            optimizer,
+        self._build_optimizer = partial(
+            build_optimizer,
+            name=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             momentum=momentum,
             decay_bias=decay_bias,
         )
+        self.optimizer = self._build_optimizer(model)
         self.scheduler = build_scheduler(
             self.optimizer,
             scheduler,
@@ -379,12 +382,61 @@ class GradientTrainer(Trainer):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            CheckpointError: If an entry is of another form.
+        """
+        groups = self.optimizer.state_dict()["param_groups"]
+        check_form(
+            [group["params"] for group in state["optimizer"]["param_groups"]],
+            [group["params"] for group in groups],
+            "optimizer['param_groups']",
+        )
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
+        for number, group in enumerate(groups):
+            found = self.optimizer.state_dict()["param_groups"][number]
+            known = {name: found.get(name) for name in group}  # PyTorch's versions add some
+            check_form(known, group, f"optimizer['param_groups'][{number}]")
+        check_optimizer_state(self.optimizer, self._build_optimizer)
+        if self.scheduler is not None:
+            own = self.scheduler.state_dict()
+            stored = {**_plain(own), **state["scheduler"]}
+            stored = {name: stored[name] for name in _plain(own)}
+            check_form(stored, _plain(own), "scheduler")
+            self.scheduler.load_state_dict({**own, **stored})
         if self.scaler.is_enabled() and state["scaler"]:
+            check_form(state["scaler"], self.scaler.state_dict(), "scaler")
             self.scaler.load_state_dict(state["scaler"])
+
+
+def check_optimizer_state(
+    optimizer: torch.optim.Optimizer, build: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
+    """Refuse what an optimizer was given to remember if it could not go on with it.
+
+    Args:
+        optimizer: The optimizer, its state loaded.
+        build: Builds one like it: what that remembers after a step is what is expected.
+
+    Raises:
+        CheckpointError: If an entry is missing, unknown or of another form.
+    """
+    sample = nn.Linear(3, 1, bias=False)
+    sample.weight.grad = torch.zeros_like(sample.weight)
+    probe = build(sample)
+    probe.step()
+    expected = probe.state[sample.weight]
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, Tensor):
+            raise CheckpointError("its optimizer remembers a parameter that is not there.")
+        like = {
+            name: torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            if isinstance(value, Tensor) and value.shape == sample.weight.shape
+            else value
+            for name, value in expected.items()
+        }
+        check_form(state, like, "state of the optimizer")
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import check_form, check_rows, load_checkpoint, save_checkpoint
 from options import option
 from run_folder import RunFolder
 from trainers.trainer import Trainer, TrainingOptions
@@ -155,7 +155,11 @@ class GrowthTrainer(Trainer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.full = state.get("full")
+        if self.full is not None:
+            check_form(self.full, "", "trainer['full']")
         if hasattr(self.model, "growth"):
+            columns = ("layer", "samples", "centers", "seen", "learnt")
+            check_rows(state["growth"], "trainer['growth']", columns)
             self.model.growth[:] = state["growth"]
 
     def finish(self, data: Any, run: RunFolder, evaluate: Any) -> tuple[dict[str, Any], list[str]]:

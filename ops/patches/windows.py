@@ -55,17 +55,36 @@ class Windows:
         numbers += [volumes, grid.height, grid.width, top, left]
         return (ctypes.c_int64 * len(numbers))(*numbers)
 
+    def _starts(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """First rows of the windows of rows begin … end - 1, first columns of all columns."""
+        axes = (
+            (torch.arange(begin, end), self.grid.rows),
+            (
+                torch.arange(self.grid.cols),
+                self.grid.cols,
+            ),
+        )
+        down, across = (
+            (at - size // 2).clamp(0, n - size)
+            for (at, n), size in zip(axes, self.size, strict=True)
+        )
+        return down, across
+
     def barred(self, begin: int, end: int) -> Tensor:
         """-inf where a patch of rows begin … end - 1 meets itself, else 0 (M, O)."""
-        down, across = self.size
+        down, across = self._starts(begin, end)
+        row, col = torch.arange(begin, end) - down, torch.arange(self.grid.cols) - across
+        place = (row[:, None] * self.size[1] + col).view(-1, 1)
+        return torch.zeros(len(place), math.prod(self.size)).scatter_(1, place, -torch.inf)
 
-        def own(i: Tensor, n: int, window: int) -> Tensor:
-            return i - (i - window // 2).clamp(0, n - window)
-
-        row = own(torch.arange(begin, end), self.grid.rows, down)
-        col = own(torch.arange(self.grid.cols), self.grid.cols, across)
-        place = (row[:, None] * across + col).view(-1, 1)
-        return torch.zeros(len(place), down * across).scatter_(1, place, -torch.inf)
+    def candidates(self) -> Tensor:
+        """Patches of the window of every patch (M, O), the patch itself among them."""
+        rows, cols = (
+            start[:, None] + torch.arange(size)
+            for start, size in zip(self._starts(0, self.grid.rows), self.size, strict=True)
+        )
+        found = rows[:, None, :, None] * self.grid.cols + cols[None, :, None, :]
+        return found.flatten(2).flatten(0, 1)
 
     def _pack_sizes(self, samples: int, channels: int) -> ctypes.Array:
         """Sizes of padded images, which have nothing to be cut off."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,16 @@ from utils import WriteError
 
 ROOT = Path(program.__file__).parent
 RESUME = ("--resume", "--device", "cpu", "--output_dir")
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Hear the signals that tests send, also where the tests are run by nohup or behind a shell."""
+    before = [signal.signal(signal.SIGHUP, signal.SIG_DFL)]
+    before.append(signal.signal(signal.SIGINT, signal.default_int_handler))
+    yield
+    for number, handler in zip((signal.SIGHUP, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
 
 
 def metrics(folder):
@@ -232,47 +243,6 @@ def test_files_without_a_digest_still_load_and_resume(run, saved):
     assert resumed["best"] == whole["best"]
 
 
-WRONG = [
-    ("trainer", None),
-    ("trainer", 5),
-    ("trainer", {"optimizer": {}}),
-    ("progress", None),
-    ("progress", []),
-    ("progress", {"epoch": "two"}),
-    ("random_state", None),
-    ("random_state", {}),
-    ("random_state", {"python": 3}),
-    ("model", None),
-    ("model", []),
-    ("model", {}),
-    ("model", {"features.0.weight": "x"}),
-    ("args", None),
-    ("args", "K"),
-    ("args", {"K": "many"}),
-    ("args", {"model": 7}),
-    ("args", {3: 4}),
-    ("place", {"step": "x"}),
-    ("format", 99),
-]
-
-
-@pytest.mark.parametrize(("name", "value"), WRONG)
-def test_wrong_entries_are_refused_in_a_sentence(saved, refused, name, value):
-    checkpoint = load_checkpoint("run/last.pt")
-    checkpoint[name] = value
-    if value is None:
-        del checkpoint[name]
-    if name == "format":
-        torch.save(checkpoint, "run/last.pt")
-    else:
-        save_checkpoint("run/last.pt", checkpoint)
-    before = metrics("run")
-    code, text = refused(main, [*RESUME, "run", "--num_epochs", "3"])
-    assert code == 2
-    assert "error: " in text
-    assert metrics("run") == before
-
-
 # ---------------------------------------------------------------------------------------------
 # Disks and paths
 
@@ -472,17 +442,17 @@ def test_growth_resumes_to_complete_files(tmp_path, monkeypatch):
     assert {name: Path("run", name).read_bytes() for name in names} == before
 
 
-def test_kills_at_writes_leave_the_files_of_an_unbroken_run():
-    words = [sys.executable, "scripts/kill_runs.py", "--moments", "1", "--stride", "13"]
+def test_interrupted_runs_leave_the_files_of_an_unbroken_one():
+    words = [sys.executable, "scripts/kill_runs.py", "--moments", "1", "--stride", "35"]
     done = subprocess.run(
-        [*words, "--trainers", "gradient", "memory"],
+        words,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("SIGTERM") == 12, done.stdout  # two rows a trainer, shown twice
 
 
 # ---------------------------------------------------------------------------------------------
@@ -528,15 +498,72 @@ def test_deterministic_runs_train(run):
         torch.use_deterministic_algorithms(False)
 
 
-def test_full_memory_is_one_sentence(run, refused, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        MemoryError(),
+    ],
+)
+def test_full_memory_is_one_sentence(run, refused, monkeypatch, error):
+    original, count = GradientTrainer.step, 0
+
     def step(self, *arguments):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise error
+        return original(self, *arguments)
 
     monkeypatch.setattr(GradientTrainer, "step", step)
     code, text = refused(run, "--output_dir", "run")
     assert code == 1
-    assert "is full with --batch_size 20" in text
-    assert "--accum_steps" in text
+    assert re.search(r"is full with --batch_size 20 \(at most \d+\.\d GB were in use\)", text)
+    for way in ("Lower --batch_size", "--accum_steps", "--use_amp", "--resize"):
+        assert way in text
+    assert "The last good state is in run/last.pt" in text
+    assert load_checkpoint("run/last.pt")["progress"]["epoch"] == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read sizes from")
+def test_memory_that_is_full_indeed(tmp_path):
+    code = (
+        "import os, resource, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sklearn.datasets, torch, torchvision, main\n"
+        "torch.set_num_threads(1)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "most = pages * os.sysconf('SC_PAGE_SIZE') + 200 * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "main.main(sys.argv[2:])"
+    )
+    flags = [
+        "--model",
+        "resnet18",
+        "--layer",
+        "Conv2d",
+        "--dataset",
+        "digits",
+        "--resize",
+        "32",
+        "--device",
+        "cpu",
+    ]
+    flags += [
+        "--limit_train",
+        "600",
+        "--limit_test",
+        "20",
+        "--batch_size",
+        "600",
+        "--output_dir",
+        "run",
+    ]
+    words = [sys.executable, "-c", code, str(ROOT), *flags]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the memory of this machine is full with --batch_size 600" in done.stderr
 
 
 def test_debug_nan_keeps_the_batch(run, refused, monkeypatch):
