@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import results_tables
 import torch
 from pages import PAGES, ROOT, Command, commands, examples, fences, name_of, spans
 from PIL import Image
@@ -202,9 +203,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def reader(folder, monkeypatch):
-    """A reader's folder and interpreter; nothing is downloaded."""
+    """A folder of a reader, who downloads nothing."""
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("MPLBACKEND", raising=False)
     for name in DOWNLOADED:
         monkeypatch.setitem(DATASETS, name, tiny(DATASETS[name]))
     torch.manual_seed(0)
@@ -418,3 +418,10 @@ def test_the_command_of_the_tests_is_that_of_the_automatic_check():
     assert f".venv/bin/{command}" in (ROOT / "README.md").read_text("utf-8")
     with contextlib.suppress(FileNotFoundError):
         assert command in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", results_tables.PAGES)
+def test_pages_hold_the_results_of_the_studies(name):
+    table = results_tables.results_table(results_tables.PAGES[name])
+    hint = "run: python scripts/results_tables.py --write"
+    assert table in (ROOT / name).read_text("utf-8"), hint
