@@ -166,7 +166,8 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, ...) or attention (ViT)",
+            "what takes the place of every convolution (VGG, ResNet, ...) or attention (ViT), or "
+            "combines a node with its neighbors (ViG, DGCNN)",
             choices=tuple(dict.fromkeys(name for table in LAYER_KINDS.values() for name in table)),
             fixed=True,
         ),

@@ -45,6 +45,7 @@ __all__ = [
     "build_imagenet",
     "build_loader",
     "build_npz",
+    "check_num_classes",
     "full_dataset",
     "image_side",
     "limit",

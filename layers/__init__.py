@@ -6,7 +6,9 @@ which the fields of their `Options` configure as further keywords (by `functools
 
 - "maps", `LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, on maps (B, C, H, W);
 - "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C);
-- "signals", `SIGNAL_LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, (B, C, L).
+- "signals", `SIGNAL_LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, (B, C, L);
+- "graph", `GRAPH_LAYERS`: `layer(in_channels=, out_channels=)`, nodes (B, N, C) and the neighbors
+  of each (B, N, K) -> (B, N, O).
 
 A new layer is a file and a row.
 """
@@ -25,6 +27,7 @@ from layers.branching import (
 from layers.conv import Conv1d_New, Conv2d_New, same_conv, same_conv1d
 from layers.convnn import Conv1d_NN, Conv2d_NN
 from layers.coordinates import add_coordinates, coordinate_channels
+from layers.graph import GIN, EdgeConv, GraphSAGE, MaxRelative
 from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
 from layers.record import record_neighbors
 from layers.tokens import (
@@ -38,6 +41,8 @@ from layers.tokens import (
 )
 
 __all__ = [
+    "GIN",
+    "GRAPH_LAYERS",
     "LAYERS",
     "LAYER_KINDS",
     "SIGNAL_LAYERS",
@@ -56,8 +61,11 @@ __all__ = [
     "Conv2d_NN_Attn",
     "Conv2d_New",
     "ConvNNAttention",
+    "EdgeConv",
+    "GraphSAGE",
     "KvtAttention",
     "LocalAttention",
+    "MaxRelative",
     "NeighborhoodAttention",
     "PixelShuffle1D",
     "PixelUnshuffle1D",
@@ -96,8 +104,16 @@ SIGNAL_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Branching_Attn": Conv1d_Attn_Branching,
 }
 
+GRAPH_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "MaxRelative": MaxRelative,
+    "EdgeConv": EdgeConv,
+    "GraphSAGE": GraphSAGE,
+    "GIN": GIN,
+}
+
 LAYER_KINDS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "maps": LAYERS,
     "tokens": TOKEN_LAYERS,
     "signals": SIGNAL_LAYERS,
+    "graph": GRAPH_LAYERS,
 }

@@ -10,8 +10,8 @@
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
 - `layer_kind` (if it says so): the table of `layers.LAYER_KINDS` its layers come from; else "maps";
-- `inputs` (if it says so): a tuple of the kinds of samples that it classifies, among "images" and
-  "signals"; else images;
+- `inputs` (if it says so): a tuple of the kinds of samples that it classifies, among "images",
+  "signals" and "points"; else images;
 - `min_input_size`: the smallest side of an image it accepts;
 - `Options`: its options, which its constructor takes as keywords;
 - `defaults`, `task_defaults` (if there are any): defaults of options of others that differ for it,
@@ -33,6 +33,7 @@ from models.cnnet import CNNet
 from models.convert import ForeignNetwork, convert
 from models.convnet import CNN1d, ConvNet
 from models.densenet import DenseNet
+from models.dgcnn import DGCNN
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
@@ -40,9 +41,11 @@ from models.n3net import PRESETS, N3Net
 from models.resnet import ResBlock, ResNet, ResNet1d
 from models.unet import UNet
 from models.vgg import VGG
+from models.vig import PyramidViG, ViG
 from models.vit import ViT
 
 __all__ = [
+    "DGCNN",
     "MODELS",
     "PRESETS",
     "VGG",
@@ -55,10 +58,12 @@ __all__ = [
     "ForeignNetwork",
     "KNNClassifier",
     "N3Net",
+    "PyramidViG",
     "ResBlock",
     "ResNet",
     "ResNet1d",
     "UNet",
+    "ViG",
     "ViT",
     "convert",
     "model_class",
@@ -83,6 +88,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
     "vit_tiny": partial(ViT, size="tiny"),
     "vit_small": partial(ViT, size="small"),
+    "vig_tiny": ViG,
+    "pvig_tiny": PyramidViG,
+    "dgcnn": DGCNN,
     "unet": UNet,
     "dncnn": DnCNN,
     "n3net": N3Net,

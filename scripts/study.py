@@ -281,6 +281,19 @@ STUDIES = {
             "Branching, neighbors by location": "--layer Branching --similarity_type Loc",
         },
     ),
+    "shapes3d": Study(
+        "Which neighbors for points: by the features of each layer, or by location?",
+        "about 4 minutes on one thread",
+        "--model dgcnn --dataset shapes3d --device cpu --num_points 128 --num_train 4500 "
+        "--width 0.25 --K 10 --dropout 0.2 --batch_size 32 --num_epochs 4 "
+        "--optimizer adam --lr 2e-3 --scheduler cosine --val_split 0.1",
+        {
+            "EdgeConv, by location": "--layer EdgeConv --similarity_type Loc",
+            "EdgeConv, by features": "--layer EdgeConv --similarity_type Col",
+            "MaxRelative, by location": "--layer MaxRelative --similarity_type Loc",
+            "MaxRelative, by features": "--layer MaxRelative --similarity_type Col",
+        },
+    ),
     "growing": Study(
         "Which kernel should a growing network take?",
         "about 1 minute on one thread",

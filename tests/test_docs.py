@@ -50,6 +50,9 @@ SMALL_MODELS = {
     "CNN1d": "--width 4",
     "ResNet1d": "--width 0.05",
     "ViT": "--num_layers 1 --num_heads 2 --d_hidden 8 --d_mlp 8 --resize 16 --patch_size 4",
+    "ViG": "--width 0.05 --K 2 --resize 16",
+    "PyramidViG": "--width 0.05 --K 2 --resize 16",
+    "DGCNN": "--width 0.05 --K 2",
     "DnCNN": "--features 4 --depth 3",
     "N3Net": "--features 4 --depth 3 --embed_features 4 --embed_depth 2 --window 5",
     "CNNet": "--features 8 --depth 2",
@@ -60,6 +63,8 @@ SMALL_DATA = {
     "match": "--num_train 24 --num_test 8",
     "copy": "--num_train 24 --num_test 8",
     "mnist1d": "--num_train 24 --num_test 8",
+    "shapes3d": "--num_train 24 --num_test 8 --num_points 80",
+    "pointcloud": "--num_points 9",
     "photos": "--crop_size 24 --crops_per_image 1",
     "denoise": "--crop_size 24 --crops_per_image 1",
     "pairs": "--crop_size 24 --crops_per_image 1",
@@ -105,12 +110,20 @@ def story(path: Path) -> None:
 
 
 def labelled(path: Path) -> None:
-    """Make folders of classes, or an .npz file."""
+    """Make folders of classes, of pictures or of point clouds, or an .npz file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".tsv":
         for name in (path.name, path.name.replace("TRAIN", "TEST")):
             lines = (f"{i % 2}\t" + "\t".join(str(j * i % 7) for j in range(32)) for i in range(8))
             path.with_name(name).write_text("\n".join(lines))
+        return
+    if path.name == "clouds":
+        for part in PARTS:
+            for name in ("box", "ball"):
+                (path / part / name).mkdir(parents=True)
+                for number in range(8):
+                    points = np.random.default_rng(number).random((12, 3))
+                    np.savetxt(path / part / name / f"{number}.xyz", points)
         return
     if path.suffix == ".npz":
         rng = np.random.default_rng(0)

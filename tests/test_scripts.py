@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_family
 import compare_runs
 import flag_tables
 import pytest
@@ -261,3 +262,9 @@ def test_sweeps_explain_themselves(script):
     assert done.returncode == 0
     assert "OUT" in done.stdout
     assert "#" not in done.stdout
+
+
+@pytest.mark.parametrize("name", bench_family.PLAIN)
+def test_both_sides_of_the_family_benchmark_compute_the_same(name):
+    plain, ours = (bench_family.make_step(name, side, 64)() for side in (True, False))
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
