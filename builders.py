@@ -7,14 +7,14 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
 
-from checkpoints import load_checkpoint, load_weights
-from dataset import Data, DataError, DataOptions, image_side
+from checkpoints import CheckpointError, load_checkpoint, load_pretrained, load_weights
+from dataset import Data, DataError, DataOptions, full_dataset, image_side
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
@@ -28,6 +28,7 @@ from utils import describe_model, lonely_norms, memory_size
 
 __all__ = [
     "Choice",
+    "OpenRun",
     "all_options",
     "build_model",
     "build_task",
@@ -35,6 +36,7 @@ __all__ = [
     "chosen",
     "describe",
     "load_data",
+    "open_run",
     "rehearse_run",
     "without_rows",
 ]
@@ -76,6 +78,14 @@ class SystemOptions(Options):
     deterministic: bool = option(
         False, "use only algorithms that give the same numbers every time, or say which cannot"
     )
+    threads: int = option(
+        None,
+        "threads of the CPU to compute on; not given: as many as PyTorch takes",
+        kind=int,
+        least=1,
+        most=1024,
+        resumable=True,
+    )
     num_workers: int = option(
         -1,
         "loading processes; -1: none for data in memory, else up to 4",
@@ -94,6 +104,25 @@ class OutputOptions(Options):
         "./Output/VGG/ConvNN",
         "run folder; not given: ./Output/<family>/<layer>, numbered where a run is already "
         "there (the default shown is that of vgg11 and ConvNN)",
+        resumable=True,
+    )
+    save: str = option(
+        "both",
+        "checkpoints that are kept: the weights of the best epoch (best.pt), all that --resume "
+        "needs (last.pt, several times as large), both, or none",
+        choices=("both", "best", "last", "none"),
+    )
+    tensorboard: bool = option(
+        False,
+        "write metrics, pictures and hyperparameters for TensorBoard too, below the run folder",
+        resumable=True,
+    )
+    wandb: str = option(
+        None,
+        "send metrics, pictures and hyperparameters to this project of Weights & Biases "
+        "(WANDB_MODE=offline keeps them here)",
+        bare="neighbors",
+        metavar="PROJECT",
         resumable=True,
     )
     test_only: bool = option(
@@ -137,8 +166,8 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT)",
-            choices=tuple(name for table in LAYER_KINDS.values() for name in table),
+            "what takes the place of every convolution (VGG, ResNet, ...) or attention (ViT)",
+            choices=tuple(dict.fromkeys(name for table in LAYER_KINDS.values() for name in table)),
             fixed=True,
         ),
         Option("dataset", "cifar10", "dataset", choices=tuple(DATASETS)),
@@ -303,6 +332,8 @@ def build_model(values: Mapping[str, Any], choice: Choice, sizes: Mapping[str, A
         "num_steps": values["num_epochs"] * -(-sizes.get("num_samples", 0) // values["batch_size"]),
         **sizes,
     }
+    if choice.trainer_type.features is not None:
+        known["features"] = values[choice.trainer_type.features]
     if choice.model_type.uses_layer:
         known["layer"] = build_layer(values, choice)
     wanted = set(inspect.signature(builder).parameters)
@@ -363,6 +394,78 @@ def open_feature_network(
     return data, network, stored["model"]
 
 
+@dataclass(frozen=True)
+class OpenRun:
+    """A network trained here, opened again.
+
+    Attributes:
+        model: The network with the weights of its best epoch, in evaluation, on the CPU.
+        values: The arguments of its run.
+        choice: The rows that they choose.
+        task: What it learnt.
+        shape: Shape of one sample.
+        weights: The weights by name, as the file holds them.
+        epoch: The epoch they are of; None if the file does not say.
+    """
+
+    model: nn.Module
+    values: dict[str, Any]
+    choice: Choice
+    task: Task
+    shape: tuple[int, ...]
+    weights: dict[str, torch.Tensor]
+    epoch: int | None
+
+    def load_data(self) -> Data:
+        """Load the data of the run, as the network wants them."""
+        return load_run_data({**self.values, "test_only": True}, self.choice, self.task)
+
+
+def open_run(path: str | Path) -> OpenRun:
+    """Open the network of a run again.
+
+    Args:
+        path: The run's folder, or a file of weights that holds the arguments of its run.
+
+    Raises:
+        ValueError: If there is none, it is of no row of this version, or it is not trained by
+            gradients; or if its data, which say the sizes of its samples, are not there.
+    """
+    path = Path(path) / "best.pt" if Path(path).is_dir() or not Path(path).suffix else Path(path)
+    checkpoint = load_checkpoint(path)
+    stored = checkpoint["args"]
+    known = {name: each for name, (_, each) in all_options().items()}
+    check_stored(without_rows(known), stored, str(path))
+    values = {name: each.default for name, each in known.items()} | stored
+    tables = {"model": MODELS, "dataset": DATASETS, "task": {**TASKS, None: None}}
+    for name, table in tables.items():
+        if values[name] not in table:
+            raise CheckpointError(
+                f"{path} was made with {name} {values[name]}, which this version does not have."
+            )
+    choice = chosen(values)
+    values = values | choice.defaults() | stored
+    if choice.model_type.training != "gradient":
+        raise CheckpointError(
+            f"{path} holds a {values['model']}, which learns by {choice.model_type.training}: "
+            "a network trained by gradients is needed."
+        )
+    task, entry = build_task(values, choice), choice.entry
+    if (shape := getattr(task, "known_shape", None)) is not None:
+        sizes = task.known_sizes(shape, None)
+    elif entry.shape is not None:
+        side = image_side(entry.shape[1:], values["resize"], choice.model_type.min_input_size)
+        shape = entry.shape if side is None else (entry.shape[0], side, side)
+        sizes = task.known_sizes(shape, entry.num_classes)
+    else:
+        data = load_run_data({**values, "test_only": True}, choice, task)
+        shape, sizes = data.sample_shape, task.sizes(data)
+    model = build_model(values, choice, sizes).eval()
+    load_pretrained(model, checkpoint["model"])
+    epoch = checkpoint.get("progress", {}).get("epoch")
+    return OpenRun(model, values, choice, task, tuple(shape), checkpoint["model"], epoch)
+
+
 def build_trainer(
     values: Mapping[str, Any],
     choice: Choice,
@@ -373,7 +476,12 @@ def build_trainer(
 ) -> Trainer:
     """Build how the model learns."""
     trainer = choice.trainer_type
-    known = {**trainer.Options.keywords(values), "num_classes": data.num_outputs}
+    known = {
+        **trainer.Options.keywords(values),
+        "num_classes": data.num_outputs,
+        "sample_shape": data.sample_shape,
+        "steps_per_epoch": -(-len(data.train) // values["batch_size"]),
+    }
     wanted = set(inspect.signature(trainer).parameters)
     options = {name: value for name, value in known.items() if name in wanted}
     built = trainer(model, task, device=device, **options)
@@ -391,8 +499,8 @@ def check_last_batch(
     Raises:
         ValueError: Names the layer, and the nearest batch size that works.
     """
-    base = data.train.dataset if isinstance(data.train, Subset) else data.train
-    count, largest = len(data.train), getattr(base, "max_batch_size", len(data.train))
+    count = len(data.train)
+    largest = getattr(full_dataset(data.train), "max_batch_size", count)
     size = min(values["batch_size"], largest)
     processes = 1 if values["sync_bn"] else world_size()
 

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from utils import atomic_path
 
 __all__ = [
     "CheckpointError",
+    "check_form",
+    "check_rows",
+    "checkpoint_digest",
     "content_digest",
     "load_checkpoint",
     "load_pretrained",
@@ -25,6 +28,7 @@ __all__ = [
     "read_weights",
     "save_checkpoint",
     "save_safetensors",
+    "without_training",
 ]
 
 FORMAT = 2  # of checkpoints; 1 had no digest
@@ -32,6 +36,63 @@ FORMAT = 2  # of checkpoints; 1 had no digest
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why."""
+
+
+def check_form(found: Any, like: Any, name: str) -> None:
+    """Refuse an entry of a checkpoint that has another form than what this program writes.
+
+    Args:
+        found: The entry.
+        like: One of the right form: tensors have its shape and type, tables its names, lists its
+            length; a number stands for any number, but a whole one for whole ones.
+        name: What the entry is called.
+
+    Raises:
+        CheckpointError: Names the first difference.
+    """
+    kind = type(like).__name__
+    if isinstance(like, Tensor):
+        same = isinstance(found, Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
+        kind = f"tensor {tuple(like.shape)} of {like.dtype}"
+    elif isinstance(like, Mapping):
+        same = isinstance(found, Mapping) and found.keys() == like.keys()
+        kind = f"table of {', '.join(map(str, like)) or 'nothing'}"
+    elif isinstance(like, list | tuple):
+        same = isinstance(found, list | tuple) and len(found) == len(like)
+        kind = f"list of {len(like)}"
+    elif isinstance(like, float):
+        same = isinstance(found, int | float) and not isinstance(found, bool)
+    else:
+        same = type(found) is type(like)
+    if not same:
+        raise CheckpointError(f"its {name} has another form than this program writes ({kind}).")
+    if isinstance(like, Mapping):
+        for key, value in like.items():
+            check_form(found[key], value, f"{name}[{key!r}]")
+    elif isinstance(like, list | tuple):
+        for index, value in enumerate(like):
+            check_form(found[index], value, f"{name}[{index}]")
+
+
+def check_rows(rows: Any, name: str, needed: Iterable[str]) -> None:
+    """Refuse a table of a checkpoint whose rows do not have the same columns, all of numbers.
+
+    Args:
+        rows: The table: a list of mappings.
+        name: What it is called.
+        needed: Columns that have to be there.
+
+    Raises:
+        CheckpointError: Says what is wrong with it.
+    """
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise CheckpointError(f"its {name} holds something else than rows.")
+    for row in rows:
+        if row.keys() != rows[0].keys() or not row.keys() >= set(needed):
+            raise CheckpointError(f"the rows of its {name} do not have the same columns.")
+        for column, value in row.items():
+            check_form(column, "", f"name of a column of {name}")
+            check_form(value, 0.0, f"{name}[{column!r}]")
 
 
 def content_digest(content: Any) -> str:
@@ -75,6 +136,23 @@ class _Watched(io.RawIOBase):
 
     def flush(self) -> None:
         self.file.flush()
+
+
+# What only a resumed run needs of a state; it stands in last.pt alone.
+OF_TRAINING = ("trainer", "random_state", "random_states")
+
+
+def without_training(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state without what the optimizer knows; the same one where that is nothing."""
+    if not state.get("trainer"):
+        return state
+    return {name: value for name, value in state.items() if name not in OF_TRAINING}
+
+
+def checkpoint_digest(state: Mapping[str, Any]) -> str:
+    """Return the digest that :func:`save_checkpoint` gives a state."""
+    content = {k: v for k, v in state.items() if k not in ("format", "digest")}
+    return content_digest({"format": FORMAT, **content})
 
 
 def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> str:
@@ -196,11 +274,17 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     for name in ("model", "args"):
         if not isinstance(checkpoint[name], Mapping):
             raise CheckpointError(f"{path} is no checkpoint of this program: '{name}' is no table.")
-    digest = checkpoint.get("digest")
-    if digest is None and checkpoint.get("format", 1) == 1:
+        if not all(isinstance(key, str) for key in checkpoint[name]):
+            raise CheckpointError(f"{path} is damaged: entries of '{name}' have no names.")
+    version, digest = checkpoint.get("format", 1), checkpoint.get("digest")
+    if digest is None and isinstance(version, int) and version == 1:
         return checkpoint
     content = {name: value for name, value in checkpoint.items() if name != "digest"}
-    if checkpoint.get("format") != FORMAT or digest != content_digest(content):
+    try:
+        whole = isinstance(version, int) and version == FORMAT and digest == content_digest(content)
+    except (RuntimeError, TypeError, ValueError):  # lists in themselves, sparse tensors, ...
+        whole = False
+    if not whole:
         raise CheckpointError(
             f"{path} is damaged: its content is not what was saved (its digest differs)."
         )
@@ -225,7 +309,8 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     weights: Any = content
     arguments: dict[str, Any] = {}
     if isinstance(content, Mapping):
-        arguments = dict(content.get("args") or {}) if "model" in content else {}
+        if "model" in content and isinstance(content.get("args"), Mapping):
+            arguments = dict(content["args"])
         for name in ("net", "model", "state_dict"):
             if isinstance(content.get(name), Mapping):
                 weights = content[name]
@@ -233,7 +318,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     if (
         not isinstance(weights, Mapping)
         or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
     ):
         raise ValueError(
             f"{path} holds no weights: expected tensors by name, or such a table under "

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from checkpoints import content_digest
 from run_folder import RunFolder
-from utils import write_text
+from utils import read_text_file, write_text
 
 __all__ = ["describe_environment", "fingerprint", "record_start"]
 
@@ -100,8 +100,11 @@ def record_start(folder: RunFolder, facts: dict[str, Any], *, goes_on: bool) -> 
     starts: list[Any] = []
     if goes_on and path.is_file():
         try:
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        except (ValueError, KeyError, TypeError) as error:
+            starts = json.loads(read_text_file(path))["starts"]
+            if not isinstance(starts, list):
+                raise TypeError("its starts are no list")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            starts = []
             print(f"note: {path} is damaged and begun anew ({error}).")
     write_text(path, json.dumps({"starts": [*starts, facts]}, indent=1) + "\n")
     before = starts[0].get("data") if starts and isinstance(starts[0], dict) else None

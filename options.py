@@ -151,7 +151,10 @@ class Option:
         """
         if value is None and self.default is None:
             return
-        for item in value if self.several and isinstance(value, list | tuple) else [value]:
+        many = isinstance(value, list | tuple)
+        if many and self.several is None:
+            raise OptionError(f"{self.name} takes one value (got {value}): {self.meaning}.")
+        for item in value if many else [value]:
             if self.choices is not None:
                 check_choice(self.name, item, self.choices)
             if (problem := self.out_of_bounds(item)) is not None:

@@ -7,16 +7,18 @@ A *task* says what a batch means (`tasks.task`), a *trainer* how a model learns 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
 import faults
 import ranks
-from checkpoints import CheckpointError, load_checkpoint, load_weights
+from checkpoints import CheckpointError, load_checkpoint
 from evaluation import Averages, Evaluation, evaluate, watched
 from resuming import own_place, own_random_state, restore, settle, state_of
 from run_folder import Pass, Progress, RunFolder, TrainingError
@@ -33,6 +35,59 @@ from utils import (
 __all__ = ["Evaluation", "Run", "dry_run", "evaluate", "fit", "restore", "test", "train"]
 
 
+@dataclass
+class Pace:
+    """How fast samples are learnt from, as a bar shows it.
+
+    Attributes:
+        count: Samples that were done before.
+        start: When the first one began.
+    """
+
+    count: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+    def rate(self, count: int) -> float:
+        """Return samples per second of all processes."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return ranks.world_size() * (count - self.count) / seconds
+
+
+def seconds_left(done: float, spent: float, former: Sequence[float], epochs: int) -> float:
+    """Estimate the time to the end of a run.
+
+    Args:
+        done: The part of the epoch that is done, in (0, 1].
+        spent: Seconds that it took.
+        former: Seconds of the epochs before it, evaluation included; with none, the running one
+            tells.
+        epochs: Epochs after it.
+    """
+    length = sum(former) / len(former) if former else spent / done
+    return length * (1 - done) + length * epochs
+
+
+def progress_texts(
+    trainer: Any, averages: Averages, pace: Pace, left: float | None
+) -> dict[str, str]:
+    """Word what stands behind the bar of an epoch.
+
+    Args:
+        trainer: How the model learns.
+        averages: Metrics so far.
+        pace: How fast it goes.
+        left: Seconds to the end of the run, if that is known.
+    """
+    found = averages.result() if averages.count else {}
+    shown = {n: v for n, v in found.items() if n in ("loss", trainer.task.headline)}
+    texts = {name: f"{value:.4g}" for name, value in (shown | trainer.columns()).items()}
+    if averages.count:
+        texts["samples/s"] = f"{pace.rate(averages.count):,.0f}"
+    if left is not None:
+        texts["run ends in"] = tqdm.format_interval(left)
+    return texts
+
+
 CHECK_EVERY = 50  # steps between two looks at the losses: a look waits for the GPU
 
 
@@ -46,6 +101,7 @@ def train_one_epoch(
     place: Mapping[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] | None = None,
     save_every: int = 0,
+    outlook: Callable[[float], float] | None = None,
 ) -> dict[str, float]:
     """Train for one epoch; return metrics averaged over samples, and ``samples``.
 
@@ -58,14 +114,21 @@ def train_one_epoch(
         place: Where to go on amid the epoch: what `keep` was told.
         keep: Saves the state amid the epoch; told its place there.
         save_every: Steps between two such states; 0: only when the run is asked to stop.
+        outlook: Told which part of the epoch is done; returns the seconds to the end of the run.
 
     Raises:
         faults.Stopped: If the run was asked to stop; the state is saved.
     """
     trainer.model.train()
     averages, step = Averages(), 0
+    pace = Pace()
+
+    def show(done: int, total: int) -> dict[str, Any]:
+        left = None if outlook is None else outlook(done / total)
+        return progress_texts(trainer, averages, pace, left)
+
     begun = 0 if place is None else place["step"]
-    batches = enumerate(watched(loader, f"epoch {epoch}", max_steps, trainer.columns), start=1)
+    batches = enumerate(watched(loader, f"epoch {epoch}", max_steps, show), start=1)
     if begun:
         averages.load(place, trainer.device)
         if place["done"]:
@@ -75,6 +138,7 @@ def train_one_epoch(
                 break
         step = begun
         set_random_state(own_random_state(place))
+        pace = Pace(averages.count)
 
     def keep_here(done: bool) -> None:
         trainer.finite(epoch, step)
@@ -178,19 +242,24 @@ def fit(
             trainer.sound(where["epoch"], where["step"])
             where = {**where, "seconds": time.perf_counter() - start}
             where = ranks.gather(where)
-            if len(where) > 1:
+            if len(where) > 1 and trainer.splits:
                 more["places"] = where
             state = state_of(trainer, run, progress, place=where[0], **more)
             folder.save(state, best=False)
 
-        options: dict[str, Any] = {}
-        if trainer.unsaved is None and trainer.resumes:
-            options = {"keep": keep, "save_every": save_every}
+        def outlook(done: float, start: float = start, epoch: int = epoch) -> float:
+            former = [row["seconds"] for row in progress.times]
+            spent = time.perf_counter() - start
+            return seconds_left(done, spent, former, num_epochs - epoch)
+
+        options: dict[str, Any] = {"outlook": outlook}
+        if trainer.unsaved is None and trainer.resumes and folder.keeps_last:
+            options |= {"keep": keep, "save_every": save_every}
         if shares is not None:
             options["shares"] = shares
         if place is not None:
             options["place"] = place
-        with faults.deferred() if options else contextlib.nullcontext():
+        with faults.deferred() if "keep" in options else contextlib.nullcontext():
             train = train_one_epoch(trainer, loader, epoch=epoch, **options)
             place, seconds = None, time.perf_counter() - start
             samples, reached = train.pop("samples"), train.pop("place", None)
@@ -201,11 +270,11 @@ def fit(
                 trained = Pass(epoch, train, samples, start, seconds)
                 measured = trainer.measure(trained, run.evaluation, sets)
             except faults.Stopped:
-                if options and reached is not None:
+                if "keep" in options and reached is not None:
                     set_random_state(random_state)
                     keep(reached)
                 raise
-            check_measured(trainer, measured, epoch)
+            check_measured(trainer, measured, epoch, progress)
             value = measured.metrics[task.headline]
             finished = trainer.end_epoch(value)
 
@@ -234,13 +303,14 @@ def fit(
         folder.write_line(f"Nothing left to learn after epoch {progress.epoch}.")
 
     held_out = None if run.data.val is None else len(run.data.val)
+    folder.end()
     for line in trainer.conclude(progress, held_out):
         folder.write_line(line)
     return progress
 
 
-def check_measured(trainer: Any, measured: Any, epoch: int) -> None:
-    """Refuse metrics that are not finite, before anything is saved.
+def check_measured(trainer: Any, measured: Any, epoch: int, progress: Progress) -> None:
+    """Refuse metrics that are not finite, or are others than before, before anything is saved.
 
     Raises:
         TrainingError: Says which, and the epoch.
@@ -252,6 +322,12 @@ def check_measured(trainer: Any, measured: Any, epoch: int) -> None:
                     f"{name} is {value} after epoch {epoch}: the evaluation is not finite, and "
                     f"this epoch is not saved. {trainer.advice}"
                 )
+        if progress.history and row.keys() != progress.history[0].keys():
+            raise TrainingError(
+                f"epoch {epoch} was measured by {', '.join(row)}, and the epochs before by "
+                f"{', '.join(progress.history[0])}: the checkpoint is of another version of this "
+                "program. Begin a run of its own."
+            )
 
 
 def after_epoch(trainer: Any, run: Run, progress: Progress, judge: str) -> None:
@@ -330,7 +406,7 @@ def train(
     else:
         settle(trainer, run, Path(source), checkpoint, progress)
         if "place" in checkpoint:
-            place = own_place(checkpoint)
+            place = own_place(checkpoint, splits=trainer.splits)
             states = {k: v for k, v in checkpoint.items() if k.startswith("random_state")}
             place = {**place, **states}
     if progress.epoch >= num_epochs:
@@ -340,6 +416,15 @@ def train(
         print(f"Run folder: {folder.path}")
     if progress.history:
         after_epoch(trainer, run, progress, next(iter(run.sets)))
+
+    def keep(line: str) -> None:
+        progress.lines.append(line)
+        folder.write_line(line)
+        first = {"epoch": 1, "step": 0, "done": False, "seconds": 0.0, **Averages().state()}
+        if trainer.unsaved is None:
+            folder.save(state_of(trainer, run, progress, place=first), best=False)
+
+    trainer.begin(partial(build_loader, data.train), keep)
     fit(
         trainer,
         run,
@@ -357,6 +442,9 @@ def train(
     }
 
     def use_best() -> int:
+        if not folder.keeps_best:
+            return progress.epoch
+        best = None
         if folder.writes:
             best = load_checkpoint(folder.path / folder.BEST)
             if progress.best_digest not in ("", best.get("digest")):
@@ -364,20 +452,21 @@ def train(
                     f"{folder.path / folder.BEST} is not the state of epoch {progress.best_epoch} "
                     "any more: something else has replaced it. --resume mends what it can."
                 )
-            load_weights(trainer.model, best)
-        ranks.broadcast_module(trainer.model)
+        trainer.load_best(best)
         return progress.best_epoch
 
     if data.val is not None and not trainer.tests_itself:
-        use_best()
+        epoch = use_best()
         results["test"] = evaluation(data.test)
         summarize(trainer, run, progress, next(iter(run.sets)), test=results["test"])
-        folder.write_line(
-            f"The best epoch was chosen on {len(data.val)} held-out training samples. "
-            f"[Test at Epoch {progress.best_epoch}] {task.line(results['test'])}"
-        )
+        which = f"The best epoch was chosen on {len(data.val)} held-out training samples."
+        if not folder.keeps_best:
+            which = (
+                f"--save {folder.saves} keeps no weights of the best epoch: the last ones count."
+            )
+        folder.write_line(f"{which} [Test at Epoch {epoch}] {task.line(results['test'])}")
     more, lines = trainer.finish(data, folder, evaluation)
-    found = task.finish(trainer.model, data, folder, evaluation, use_best)
+    found = task.finish(trainer.evaluated, data, folder, evaluation, use_best)
     for line in [*lines, *found.lines]:
         folder.write_line(line)
     return results | more | found.results

@@ -5,7 +5,8 @@ its `layer_kind` ("maps" where it says nothing). A table maps the names users gi
 which the fields of their `Options` configure as further keywords (by `functools.partial`):
 
 - "maps", `LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, on maps (B, C, H, W);
-- "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C).
+- "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C);
+- "signals", `SIGNAL_LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, (B, C, L).
 
 A new layer is a file and a row.
 """
@@ -21,10 +22,11 @@ from layers.branching import (
     Conv2d_Attn_Branching,
     Conv2d_Branching,
 )
-from layers.conv import Conv1d_New, Conv2d_New, same_conv
+from layers.conv import Conv1d_New, Conv2d_New, same_conv, same_conv1d
 from layers.convnn import Conv1d_NN, Conv2d_NN
 from layers.coordinates import add_coordinates, coordinate_channels
 from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
+from layers.record import record_neighbors
 from layers.tokens import (
     Attention,
     BranchAttention,
@@ -38,6 +40,7 @@ from layers.tokens import (
 __all__ = [
     "LAYERS",
     "LAYER_KINDS",
+    "SIGNAL_LAYERS",
     "TOKEN_LAYERS",
     "Attention",
     "BranchAttention",
@@ -60,7 +63,9 @@ __all__ = [
     "PixelUnshuffle1D",
     "add_coordinates",
     "coordinate_channels",
+    "record_neighbors",
     "same_conv",
+    "same_conv1d",
 ]
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -82,7 +87,17 @@ TOKEN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "BranchAttention": BranchAttention,
 }
 
+SIGNAL_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "Conv1d": same_conv1d,
+    "Conv1d_New": Conv1d_New,
+    "ConvNN": Conv1d_NN,
+    "ConvNN_Attn": Conv1d_NN_Attn,
+    "Branching": Conv1d_Branching,
+    "Branching_Attn": Conv1d_Attn_Branching,
+}
+
 LAYER_KINDS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "maps": LAYERS,
     "tokens": TOKEN_LAYERS,
+    "signals": SIGNAL_LAYERS,
 }

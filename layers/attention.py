@@ -4,12 +4,14 @@ Reference: Kang & Farias, Attention via Convolutional Nearest Neighbors,
 https://arxiv.org/abs/2511.14137. Symbols as in `layers.convnn`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.neighbor_layer import NeighborLayer, NeighborOptions, with_coordinates
+from layers.record import recording
 from ops.maps.attend import attend_neighbors
 from ops.maps.search import nearest_neighbors
 from options import option
@@ -48,7 +50,7 @@ class _ConvNNAttention(NeighborLayer):
         in_channels: int,
         out_channels: int,
         K: int = 9,
-        stride: int = 1,
+        stride: int | Sequence[int] = 1,
         padding: int = 1,
         sampling_type: str = "all",
         num_samples: int = -1,
@@ -93,18 +95,22 @@ class _ConvNNAttention(NeighborLayer):
         own = self.self_index(key_shape, x.device)  # (M,)
         q, v = _project(x, self.w_q), _project(x, self.w_v)  # (B, N, C')
         k = _project(x[:, own], self.w_k)  # (B, M, C'): rows are needed for queries alone
-        y = attend_neighbors(
+        indices = self.find_neighbors(k, q, own, key_shape)
+        y, attention = attend_neighbors(
             q,
             k,
             v,
-            self.find_neighbors(k, q, own, key_shape),
+            indices,
             self.conv1d_layer.weight[:, 0],
             self.conv1d_layer.bias,
             metric=self.magnitude_type,
             self_score=SELF_SCORES[self.magnitude_type],
             dropout_p=self.attention_dropout,
             training=self.training,
-        )  # (B, M, C')
+            with_attention=True,
+        )  # (B, M, C'), (B, M, K)
+        if recording():
+            self.note_neighbors(indices, key_shape, weights=attention, taken="k·q")
         y = _project(_project(y, self.pointwise_conv), self.w_o)  # (B, M, C') -> (B, M, O)
         return self.unflatten(y, key_shape)  # (B, M, O) -> (B, O, H/s, W/s)
 
@@ -142,7 +148,7 @@ class Conv2d_NN_Attn(_ConvNNAttention):
         in_channels: C.
         out_channels: O.
         K: neighbors of a position, itself included.
-        stride: s, outputs are made for every s-th row and column.
+        stride: s, outputs are made for every s-th row and column; a pair: for each axis.
         padding: width of the border of zeros, whose positions are candidates too.
         sampling_type: "all", "random" or "spatial" candidates, see `Conv2d_NN`.
         num_samples: -1 with "all"; else the number of candidates or the side of the grid.

@@ -4,15 +4,17 @@ Reference: Kang & Farias, Attention via Convolutional Nearest Neighbors,
 https://arxiv.org/abs/2511.14137. Symbols as in `layers.convnn`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from layers.attention import AttentionOptions, Conv1d_NN_Attn, Conv2d_NN_Attn
-from layers.conv import ConvOptions, same_conv
+from layers.conv import WINDOW, ConvOptions, same_conv
 from layers.convnn import Conv1d_NN, Conv2d_NN, ConvNNOptions
 from layers.neighbor_layer import NeighborLayer
+from layers.sampling import per_axis
 from options import check_at_least, option
 
 __all__ = ["Conv1d_Attn_Branching", "Conv1d_Branching", "Conv2d_Attn_Branching", "Conv2d_Branching"]
@@ -54,12 +56,13 @@ class _Branching(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        kernel_size: int,
+        kernel_size: int | Sequence[int],
         branch_ratio: float,
         **options,
     ):
         super().__init__()
-        BranchOptions(kernel_size=kernel_size, branch_ratio=branch_ratio)
+        for side in per_axis("kernel_size", kernel_size, self.neighbor_layer.ndim, WINDOW, 1):
+            BranchOptions(kernel_size=side, branch_ratio=branch_ratio)
         check_at_least("out_channels", out_channels, 1, "number of output channels")
         ndim = self.neighbor_layer.ndim
         self.branch_ratio = branch_ratio
@@ -100,9 +103,9 @@ class _ConvNNBranching(_Branching):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         K: int = 9,
-        stride: int = 1,
+        stride: int | Sequence[int] = 1,
         padding: int = 1,
         sampling_type: str = "all",
         num_samples: int = -1,
@@ -144,9 +147,9 @@ class _AttentionBranching(_Branching):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         K: int = 9,
-        stride: int = 1,
+        stride: int | Sequence[int] = 1,
         padding: int = 1,
         sampling_type: str = "all",
         num_samples: int = -1,
@@ -186,9 +189,9 @@ class Conv2d_Branching(_ConvNNBranching):
     Args:
         in_channels: C.
         out_channels: O.
-        kernel_size: of the ordinary convolution, odd.
+        kernel_size: of the ordinary convolution, odd; a pair: for each axis.
         K: neighbors of a position; this and the options that follow go to `Conv2d_NN`.
-        stride: s, for both branches.
+        stride: s, for both branches, or a pair.
         padding: border of zeros of the neighbor branch.
         sampling_type: "all", "random" or "spatial" candidates.
         num_samples: see `Conv2d_NN`.

@@ -1,15 +1,19 @@
 """Ordinary convolutions that keep the size of the map, with optional shuffle and coordinates."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from layers.coordinates import AggregationOptions, add_coordinates
 from layers.pixel_shuffle import ShuffleOptions, pixel_shuffle, pixel_unshuffle
-from options import Options, check_at_least, option
+from layers.sampling import STEP, per_axis
+from options import Options, option
 
-__all__ = ["Conv1d_New", "Conv2d_New", "ConvNewOptions", "ConvOptions", "same_conv"]
+__all__ = ["Conv1d_New", "Conv2d_New", "ConvNewOptions", "ConvOptions", "same_conv", "same_conv1d"]
 
+WINDOW = "side of the window"
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
@@ -20,7 +24,7 @@ class ConvOptions(Options):
     title = "Convolutions"
     kernel_size: int = option(
         3,
-        "side of the window of Conv2d, Conv2d_New and the convolution branch; odd",
+        "side of the window of plain convolutions and of the convolution branch; odd",
         least=1,
         most=255,
     )
@@ -53,10 +57,10 @@ class ConvNewOptions(AggregationOptions, ShuffleOptions, ConvOptions):
 def same_conv(
     in_channels: int,
     out_channels: int,
-    kernel_size: int = 3,
-    stride: int = 1,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
     *,
-    dilation: int = 1,
+    dilation: int | Sequence[int] = 1,
     ndim: int = 2,
 ) -> nn.Conv1d | nn.Conv2d:
     """Build a convolution that keeps the size of the map but for the stride.
@@ -64,7 +68,8 @@ def same_conv(
     Args:
         in_channels: C.
         out_channels: O.
-        kernel_size: odd; the border of zeros is dilation * (kernel_size - 1) / 2 wide.
+        kernel_size: odd; the border of zeros is dilation * (kernel_size - 1) / 2 wide. A pair is
+            for each axis, here and in what follows.
         stride: s; sides become ceil(side / s).
         dilation: distance between two taps.
         ndim: 1 or 2 axes.
@@ -72,19 +77,24 @@ def same_conv(
     Raises:
         ValueError: if the kernel is even or empty, or the stride below 1.
     """
-    PlainConvOptions(kernel_size=kernel_size, dilation=dilation)
-    check_at_least("stride", stride, 1, "the step between output positions")
+    kernels = per_axis("kernel_size", kernel_size, ndim, WINDOW)
+    dilations = per_axis("dilation", dilation, ndim, "distance between two taps")
+    for kernel, distance in zip(kernels, dilations, strict=True):
+        PlainConvOptions(kernel_size=kernel, dilation=distance)
     return _CONVS[ndim](
         in_channels,
         out_channels,
-        kernel_size,
-        stride=stride,
-        padding=dilation * (kernel_size // 2),
-        dilation=dilation,
+        kernels,
+        stride=per_axis("stride", stride, ndim, STEP),
+        padding=tuple(d * (k // 2) for k, d in zip(kernels, dilations, strict=True)),
+        dilation=dilations,
     )
 
 
 same_conv.Options = PlainConvOptions
+same_conv1d = partial(same_conv, ndim=1)
+same_conv1d.Options = PlainConvOptions
+same_conv1d.__doc__ = "Build a convolution that keeps the length of a signal but for the stride."
 
 
 class _ConvNew(nn.Module):
@@ -97,16 +107,17 @@ class _ConvNew(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | None = None,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 0,
         aggregation_type: str = "Col",
     ):
         super().__init__()
-        self.options = ConvNewOptions(
-            kernel_size=kernel_size if padding is None else 1,  # any size, where padding is given
+        kernels = per_axis("kernel_size", kernel_size, self.ndim, WINDOW)
+        steps = per_axis("stride", stride, self.ndim, STEP)
+        self.options = ConvNewOptions(  # of any kernel, which `same_conv` checks
             shuffle_pattern=shuffle_pattern,
             shuffle_scale=shuffle_scale,
             aggregation_type=aggregation_type,
@@ -117,9 +128,10 @@ class _ConvNew(nn.Module):
         c = in_channels * self.scale_in**self.ndim + coords
         o = out_channels * self.scale_out**self.ndim
         if padding is None:
-            self.conv2d_layer = same_conv(c, o, kernel_size, stride, ndim=self.ndim)
+            self.conv2d_layer = same_conv(c, o, kernels, steps, ndim=self.ndim)
         else:
-            self.conv2d_layer = _CONVS[self.ndim](c, o, kernel_size, stride, padding)
+            borders = per_axis("padding", padding, self.ndim, "width of the border of zeros", 0)
+            self.conv2d_layer = _CONVS[self.ndim](c, o, kernels, steps, borders)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`: (B, C, L) -> (B, O, L/s) or (B, C, H, W) -> (B, O, H/s, W/s)."""
@@ -143,7 +155,7 @@ class Conv2d_New(_ConvNew):
     Args:
         in_channels: C.
         out_channels: O.
-        kernel_size: odd, unless `padding` is given.
+        kernel_size: odd, unless `padding` is given; a pair is for each axis, as are the next two.
         stride: s.
         padding: width of the border of zeros; None keeps the size of the map but for the stride.
         shuffle_pattern: "B", "A", "BA" or "NA", see `Conv2d_NN`.

@@ -5,12 +5,14 @@ https://arxiv.org/abs/2511.14137. Symbols: B batch, C channels, C' channels aggr
 of the padded map (keys), M queries, K neighbors, O output channels, r shuffle scale, s stride.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from layers.neighbor_layer import NeighborLayer, NeighborOptions, with_coordinates
+from layers.record import recording
 from ops.maps.aggregate import aggregate_neighbors
 from ops.maps.locations import location_neighbors
 from ops.maps.search import nearest_neighbors
@@ -49,7 +51,7 @@ class _ConvNN(NeighborLayer):
         in_channels: int,
         out_channels: int,
         K: int = 9,
-        stride: int = 1,
+        stride: int | Sequence[int] = 1,
         padding: int = 1,
         sampling_type: str = "all",
         num_samples: int = -1,
@@ -86,6 +88,8 @@ class _ConvNN(NeighborLayer):
         if x.is_meta:
             return self.shape_only(keys, key_shape)
         indices = self.find_neighbors(keys.detach(), key_shape)  # (B, M, K)
+        if recording():
+            self._note(keys.detach(), key_shape, indices)
         if self.aggregation_type == "Loc_Col":
             keys = with_coordinates(keys, key_shape)  # (B, N, C) -> (B, N, C')
         y = aggregate_neighbors(keys, indices, self.conv1d_layer.weight, self.conv1d_layer.bias)
@@ -93,11 +97,21 @@ class _ConvNN(NeighborLayer):
 
     def find_neighbors(self, keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:
         """Find the K neighbors of every query: (B, M, K), or (M, K) if all samples agree."""
+        candidates = None if self.K == 1 else self.candidates(key_shape, keys.device)
+        return self._rank(keys, key_shape, self.similarity_type, candidates)
+
+    def _rank(
+        self,
+        keys: Tensor,
+        key_shape: tuple[int, ...],
+        similarity_type: str,
+        candidates: Tensor | None,
+    ) -> Tensor:
+        """Take the first K of the candidates by a similarity: (B, M, K) or (M, K)."""
         own = self.self_index(key_shape, keys.device)
         if self.K == 1:
             return own[:, None]
-        candidates = self.candidates(key_shape, keys.device)
-        if self.similarity_type == "Loc":
+        if similarity_type == "Loc":
             return location_neighbors(
                 key_shape,
                 self.K,
@@ -107,7 +121,7 @@ class _ConvNN(NeighborLayer):
                 candidates=candidates,
                 device=keys.device,
             )
-        if self.similarity_type == "Loc_Col":
+        if similarity_type == "Loc_Col":
             keys = _mix_coordinates(keys, key_shape, self.lambda_param)
         return nearest_neighbors(
             None,  # the queries are the keys at `own`
@@ -117,6 +131,13 @@ class _ConvNN(NeighborLayer):
             self_index=own,
             candidates=candidates,
         )[1]
+
+    def _note(self, keys: Tensor, key_shape: tuple[int, ...], indices: Tensor) -> None:
+        """Tell what was chosen, and by features if it was not chosen so."""
+        beside = {}
+        if self.similarity_type != "Col":
+            beside["Col"] = self._rank(keys, key_shape, "Col", None)
+        self.note_neighbors(indices, key_shape, taken=self.similarity_type, beside=beside)
 
 
 def _mix_coordinates(keys: Tensor, key_shape: tuple[int, ...], lam: float) -> Tensor:
@@ -146,7 +167,7 @@ class Conv2d_NN(_ConvNN):
         in_channels: C.
         out_channels: O.
         K: neighbors of a position, itself included.
-        stride: s, outputs are made for every s-th row and column.
+        stride: s, outputs are made for every s-th row and column; a pair: for each axis.
         padding: width of the border of zeros.
         sampling_type: candidates are "all" positions of the padded map, `num_samples` "random"
             ones (drawn anew at each forward in training, always the same in evaluation), or a

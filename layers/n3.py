@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cnn import channels_last, feature_cnn
+from layers.record import Neighbors, grid_places, note, recording
 from layers.selection import ConcreteNeighbors, HardNeighbors, NeuralNearestNeighbors
 from ops.budget import chunk_bytes, pieces
 from ops.patches.grid import PatchGrid, write_out
@@ -92,8 +93,27 @@ class N3Aggregation(nn.Module):
                 query_features.to(full), item_features.to(full), indices
             )
             weights = self.nnn(distances, log_temp)  # (B, M, K, O)
+            if recording():
+                self._note(items.shape[1], indices, weights)
             volumes = candidate_aggregate(weights, items.to(full), indices)
         return volumes.transpose(-1, -2).to(items.dtype)
+
+    def _note(self, count: int, indices: Tensor, weights: Tensor) -> None:
+        """Tell the candidates of every query, and their weights by volume."""
+        places = grid_places((count,), (0,), 1, weights.device)
+        queries = grid_places((weights.shape[1],), (0,), 1, weights.device)
+        note(
+            Neighbors(
+                self,
+                (count,),
+                queries,
+                places,
+                indices[:, None],
+                weights.transpose(1, 2),
+                group="volume",
+                taken="embedding",
+            )
+        )
 
 
 class N3Aggregation2d(nn.Module):
@@ -124,6 +144,11 @@ class N3Aggregation2d(nn.Module):
         temp_pool: str = "average",
     ) -> None:
         super().__init__()
+        for name, side in {"patch_size": patch_size, "stride": stride, "window": window}.items():
+            if not isinstance(side, int):
+                raise ValueError(
+                    f"{name} takes one whole number (got {side!r}): patches and windows are square."
+                )
         if patch_size < 1 or not 1 <= stride <= patch_size:
             raise ValueError(
                 f"stride must be between 1 and patch_size, got stride {stride} and patch_size "
@@ -205,10 +230,12 @@ class N3Aggregation2d(nn.Module):
         self, images: Tensor, features: Tensor, log_temp: Tensor | None, grid: PatchGrid
     ) -> Tensor:
         """Volumes from padded images and features and log temperatures (B, M), compiled."""
-        nnn, windows = self.aggregation.nnn, Windows(grid, self.window)
-        if torch.is_grad_enabled() or nnn.needs_all:
+        nnn, windows = self.aggregation.nnn, Windows(grid, self.window, images.device)
+        if torch.is_grad_enabled() or nnn.needs_all or recording():
             distances = window_distances(features, windows)  # (B, M, O)
-            weights = nnn(distances, log_temp, windows.barred(0, grid.rows, images.device))
+            weights = nnn(distances, log_temp, windows.barred(0, grid.rows))
+            if recording():
+                self._note(windows.candidates(), weights, grid)
             return window_aggregate(weights, images, windows)
         (b, c), n = images.shape[:2], grid.cols
         out = images.new_empty(b, nnn.K * c, grid.height, grid.width)
@@ -220,7 +247,7 @@ class N3Aggregation2d(nn.Module):
             begin, end = max(0, first - grid.ratio + 1), min(grid.rows, last)
             distances = windows.distances(columns[s], begin, end)
             here = None if log_temp is None else log_temp[s, begin * n : end * n]
-            weights = nnn(distances, here, windows.barred(begin, end, images.device)).contiguous()
+            weights = nnn(distances, here, windows.barred(begin, end)).contiguous()
             windows.aggregate(weights, rows[s], out[s], (begin, end), (first, last))
         return out
 
@@ -231,9 +258,12 @@ class N3Aggregation2d(nn.Module):
         blocks, matched = grid.to_blocks(images), grid.to_blocks(features)
         device, dtype = images.device, images.dtype
         tiles = WindowTiles(grid.rows, grid.cols, self.window, grid.ratio, device, dtype)
-        if torch.is_grad_enabled() or self.aggregation.nnn.needs_all:
+        if torch.is_grad_enabled() or self.aggregation.nnn.needs_all or recording():
             distances = tile_distances(matched, tiles)  # (B, T, p, q, u, v)
-            weights = self._select(distances, log_temp, tiles.part(slice(None)))
+            part = tiles.part(slice(None))
+            weights = self._select(distances, log_temp, part)
+            if recording():
+                self._note(*part.by_query(weights), grid)
             sums = aggregate_tiles(weights, blocks, tiles)  # (B, G, K, F)
         else:
             sums = self._stream(matched, blocks, log_temp, tiles)
@@ -264,6 +294,25 @@ class N3Aggregation2d(nn.Module):
             weights = self._select(distances, here, part)
             aggregate_part(weights, blocks[s], part, tiles.ratio, out[s])
         return out.view(b, g, K, f)
+
+    def _note(self, candidates: Tensor, weights: Tensor, grid: PatchGrid) -> None:
+        """Tell the candidates (M, O) of every patch, and their weights (B, M, K, O)."""
+        middle = (grid.patch - 1) / 2
+        first = (middle - grid.pads[0], middle - grid.pads[2])
+        places = grid_places((grid.rows, grid.cols), first, grid.stride, weights.device)
+        note(
+            Neighbors(
+                self,
+                (grid.height, grid.width),
+                places,
+                places,
+                candidates[None, None],
+                weights.transpose(1, 2),
+                group="volume",
+                extent=grid.patch,
+                taken="patches",
+            )
+        )
 
     def extra_repr(self) -> str:
         """Show the options."""

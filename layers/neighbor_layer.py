@@ -5,6 +5,7 @@ channels, r shuffle scale, s stride.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from layers.coordinates import AggregationOptions, coordinate_channels
 from layers.pixel_shuffle import ShuffleOptions, pixel_shuffle, pixel_unshuffle
+from layers.record import Neighbors, grid_places, note
 from layers.sampling import (
+    STEP,
     SamplingOptions,
     count_candidates,
     count_queries,
+    per_axis,
     query_index,
     random_index,
     spatial_index,
 )
+from ops.maps.locations import location_neighbors
 from options import Options, check_at_least, option
 
 __all__ = ["NeighborLayer", "NeighborOptions", "with_coordinates"]
@@ -62,13 +67,18 @@ class NeighborLayer(nn.Module):
     Options = NeighborOptions
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, options: NeighborOptions
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | Sequence[int],
+        options: NeighborOptions,
     ) -> None:
         super().__init__()
         check_at_least("in_channels", in_channels, 1, "number of input channels")
         check_at_least("out_channels", out_channels, 1, "number of output channels")
-        check_at_least("stride", stride, 1, "step between output positions")
-        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+        steps = per_axis("stride", stride, self.ndim, STEP)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.stride = steps if len(set(steps)) > 1 else steps[0]
         self.options = options
         for each in options.declared():  # K, padding, …
             setattr(self, each.name, getattr(options, each.name))
@@ -140,6 +150,48 @@ class NeighborLayer(nn.Module):
         y = y.transpose(1, 2).unflatten(2, sides)
         return pixel_shuffle(y, self.scale_out) if self.scale_out > 1 else y
 
+    def note_neighbors(
+        self,
+        indices: Tensor,
+        key_shape: tuple[int, ...],
+        *,
+        weights: Tensor | None = None,
+        taken: str = "Col",
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Tell `layers.record` what was chosen.
+
+        Args:
+            indices: (B, M, K) or (M, K) positions of the padded map.
+            key_shape: Its sides.
+            weights: (B, M, K), if the neighbors have any.
+            taken: The similarity that chose.
+            beside: What other similarities take, like `indices`; the K nearest positions ("Loc"),
+                which are the taps of a convolution, are added.
+        """
+        r, p = self.scale_in, self.padding
+        places = grid_places(
+            key_shape, [(r - 1) / 2 - p * r] * self.ndim, r, indices.device
+        )  # a position of the unshuffled map is r wide
+        others = dict(beside or {})
+        if taken != "Loc":
+            others["Loc"] = location_neighbors(
+                key_shape, self.K, "euclidean", padding=p, stride=self.stride, device=indices.device
+            )
+        note(
+            Neighbors(
+                self,
+                tuple((side - 2 * p) * r for side in key_shape),
+                places[self.self_index(key_shape, indices.device)],
+                places,
+                _with_batch(indices)[:, None],
+                None if weights is None else weights[:, None],
+                extent=r,
+                taken=taken,
+                beside={name: _with_batch(other) for name, other in others.items()},
+            )
+        )
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # Some published weights were trained without biases: that is a bias of zero.
         for name, parameter in self.named_parameters():
@@ -153,6 +205,11 @@ class NeighborLayer(nn.Module):
             f"{self.in_channels}, {self.out_channels}, stride={self.stride}, "
             f"{self.options.describe()}"
         )
+
+
+def _with_batch(indices: Tensor) -> Tensor:
+    """Return (B, M, K), B = 1 where all samples agree."""
+    return indices if indices.dim() == 3 else indices[None]
 
 
 def with_coordinates(keys: Tensor, key_shape: tuple[int, ...]) -> Tensor:

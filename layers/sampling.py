@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from options import Options, option
+from options import Options, check_at_least, option
 
 __all__ = [
     "SamplingOptions",
     "count_candidates",
     "count_queries",
+    "per_axis",
     "query_index",
     "random_index",
     "spatial_index",
@@ -27,6 +28,7 @@ _PRIME = 2**31 - 1
 _SHIFT = 20251117
 
 
+STEP = "step between output positions"
 SAMPLING_TYPES = ("all", "random", "spatial")
 
 
@@ -83,19 +85,43 @@ def _grid_index(axes: Sequence[Tensor], key_shape: Sequence[int]) -> Tensor:
     return index
 
 
-def count_queries(key_shape: Sequence[int], padding: int, stride: int) -> list[int]:
+def per_axis(
+    name: str, value: int | Sequence[int], ndim: int, meaning: str, least: int = 1
+) -> tuple[int, ...]:
+    """Return one whole number for each axis from one for all, or from as many.
+
+    Raises:
+        ValueError: for other numbers of them, or smaller ones.
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+    if len(values) != ndim or any(isinstance(v, bool | float | str) for v in values):
+        raise ValueError(
+            f"{name} takes one whole number, or {ndim}, one for each axis (got {value!r}): it is "
+            f"the {meaning}."
+        )
+    for each in values:
+        check_at_least(name, each, least, f"the {meaning}")
+    return values
+
+
+def count_queries(key_shape: Sequence[int], padding: int, stride: int | Sequence[int]) -> list[int]:
     """Count the queries along each axis: ceil(side / s)."""
-    return [-(-(side - 2 * padding) // stride) for side in key_shape]
+    steps = per_axis("stride", stride, len(key_shape), STEP)
+    return [-(-(side - 2 * padding) // s) for side, s in zip(key_shape, steps, strict=True)]
 
 
 def query_index(
     key_shape: Sequence[int],
     padding: int,
-    stride: int,
+    stride: int | Sequence[int],
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Number the queries: every s-th position of the unpadded map along each axis; (M,)."""
-    axes = [torch.arange(padding, side - padding, stride, device=device) for side in key_shape]
+    steps = per_axis("stride", stride, len(key_shape), STEP)
+    axes = [
+        torch.arange(padding, side - padding, s, device=device)
+        for side, s in zip(key_shape, steps, strict=True)
+    ]
     return _grid_index(axes, key_shape)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.conv import ConvOptions
+from layers.record import Neighbors, grid_places, note, recording
 from layers.sampling import SamplingOptions, count_candidates, random_index, spatial_index
 from ops.maps.attend import attend_neighbors
 from ops.maps.pairs import join_heads, pair_scores, split_heads, weigh_neighbors
@@ -154,6 +155,51 @@ class _TokenLayer(nn.Module):
         """Cut (B, N, count·C) into `count` tensors (B, h, N, D)."""
         return [t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in x.chunk(count, 2)]
 
+    def note_neighbors(self, indices: Tensor, weights: Tensor, taken: str) -> None:
+        """Tell `layers.record` what was chosen, (B·h, N, K) or (N, K), and with which weights."""
+        places = grid_places((weights.shape[1],), (0,), 1, weights.device)
+        if indices.dim() == 2:
+            indices = indices[None, None]
+        else:
+            indices = indices.unflatten(0, (-1, self.num_heads))
+        note(
+            Neighbors(
+                self,
+                (len(places),),
+                places,
+                places,
+                indices,
+                weights.unflatten(0, (-1, self.num_heads)),
+                group="head",
+                taken=taken,
+            )
+        )
+
+
+@torch.no_grad()
+def dense_attention(q: Tensor, k: Tensor) -> Tensor:
+    """Return the attention (B·h, M, N) of all tokens, which no forward pass lays out.
+
+    Args:
+        q: (B, h, M, D), what asks.
+        k: (B, h, N, D).
+    """
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    m, (_, n, d) = q.shape[1], k.shape
+    everything = torch.arange(n, device=q.device).expand(m, -1)
+    taps = k.new_ones(d, n)
+    _, attention = attend_neighbors(
+        k,
+        q * d**-0.5,
+        k,
+        everything,
+        taps,
+        metric="dot",
+        self_score=None,
+        with_attention=True,
+    )
+    return attention
+
 
 class Attention(_TokenLayer):
     """Multi-head scaled dot-product attention of all tokens; projections without bias.
@@ -178,6 +224,9 @@ class Attention(_TokenLayer):
         q, k, v = (self.heads(project(x))[0] for project in (self.W_q, self.W_k, self.W_v))
         p = self.attention_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        if recording():
+            everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[1], -1)
+            self.note_neighbors(everything, dense_attention(q, k), "k·q")
         return self.W_o(y.transpose(1, 2).flatten(2))
 
 
@@ -211,7 +260,7 @@ class KvtAttention(_TokenLayer):
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, 2))
         q = q * q.shape[2] ** -0.5
         indices = nearest_neighbors(q, k, self.K, "dot")[1]  # (B·h, N, K)
-        y = attend_neighbors(
+        y, attention = attend_neighbors(
             k,  # ranked
             q,  # ranking
             v,
@@ -221,7 +270,10 @@ class KvtAttention(_TokenLayer):
             self_score=None,
             dropout_p=self.attention_dropout,
             training=self.training,
+            with_attention=True,
         )
+        if recording():
+            self.note_neighbors(indices, attention, "k·q")
         return self.proj(join_heads(y, self.num_heads))
 
 
@@ -254,17 +306,21 @@ class NeighborhoodAttention(_TokenLayer):
             return torch.empty_like(x)
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, 2))
         first = torch.arange(n, device=x.device).sub_(K // 2).clamp_(0, n - K)
-        y = attend_neighbors(
+        indices = first[:, None] + torch.arange(K, device=x.device)
+        y, attention = attend_neighbors(
             k,
             q * q.shape[2] ** -0.5,
             v,
-            first[:, None] + torch.arange(K, device=x.device),
+            indices,
             v.new_ones(v.shape[2], K),
             metric="dot",
             self_score=None,
             dropout_p=self.attention_dropout,
             training=self.training,
+            with_attention=True,
         )
+        if recording():
+            self.note_neighbors(indices, attention, "Loc")
         return self.proj(join_heads(y, self.num_heads))
 
 
@@ -309,7 +365,22 @@ class LocalAttention(_TokenLayer):
             )
             for start in range(0, n, w)
         ]
+        if recording():
+            self._note(q, k)
         return self.to_out(torch.cat(windows, 2).transpose(1, 2).flatten(2))
+
+    def _note(self, q: Tensor, k: Tensor) -> None:
+        """Tell the tokens of each window, those beyond the ends with a weight of 0."""
+        n, w = q.shape[2], self.window_size
+        indices = q.new_zeros(n, 3 * w, dtype=torch.int64)
+        weights = q.new_zeros(q.shape[0] * q.shape[1], n, 3 * w)
+        for start in range(0, n, w):
+            own = slice(start, min(start + w, n))
+            first, last = max(0, start - w), min(start + 2 * w, n)
+            at = slice(0, last - first)
+            indices[own, at] = torch.arange(first, last, device=q.device)
+            weights[:, own, at] = dense_attention(q[:, :, own], k[:, :, first:last])
+        self.note_neighbors(indices, weights, "Loc")
 
 
 class ConvNNAttention(_TokenLayer):
@@ -408,6 +479,8 @@ class ConvNNAttention(_TokenLayer):
             q = _join(q, line)
             v = v if self.convolution_type == "depthwise" else _join(v, line)
         indices, scores = self.choose(q, k)  # (B·h, N, K)
+        if recording():
+            self.note_neighbors(indices, scores, "k·q")
         taps = self.conv if isinstance(self.conv, nn.Conv1d) else self.conv[0]
         depthwise = taps.groups > 1 or taps.in_channels == taps.out_channels == taps.groups
         weight = taps.weight[:, 0] if depthwise else taps.weight

@@ -183,6 +183,8 @@ class ViT(nn.Module):
             )
         tokens = math.prod(side // patch_size for side in image_size) + 1
         self.image_size = tuple(image_size)
+        # Where tokens lie, for `layers.record`: all but the first one on a grid.
+        self.token_grid = tuple(side // patch_size for side in image_size)
         self.patch_embedding = PatchEmbedding(in_channels, width, patch_size)
         self.positional_encoding = PositionalEncoding(width, tokens, pos_encoding)
         self.transformer_encoder = nn.ModuleList(

@@ -2,218 +2,229 @@
 
     python scripts/kill_runs.py --moments 20 --trainers gradient growth memory
 
-Every run is forked from this process, which has imported everything and learnt nothing. A run is
-killed by SIGKILL: at the n-th file that it moves to its name or links, for every n until it ends
-by itself, and at random moments. It is gone on with by the same command (`--resume auto`) until it
-ends; then every file has to be that of the unbroken run, byte for byte but for times. With
-`--stop`, runs are stopped by SIGTERM amid an epoch instead, which has to exit with 143.
+A run is killed by SIGKILL before each operation on a file of its folder (opening it to write,
+renaming, linking, removing, changing its rights), amid the writing of each checkpoint, and at
+random moments; and it is stopped by SIGTERM amid each of its steps and at random moments, which
+has to end it with the code 143. Of the random moments every other run is killed once more while
+it is gone on with. The same command (`--resume auto`) goes on until the run ends; then every file
+has to be that of the unbroken run, byte for byte but for times. Prints a table in Markdown.
 """
 
 import argparse
-import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 
-import models
-from checkpoints import content_digest, load_checkpoint
-from main import main
-from options import Options
+import checkpoints
+import trainers
+from tests.forked_runs import COMMANDS, RUN, differences, snapshot, start, table, wait
 
-
-class SmallNet(nn.Module):
-    """A layer, batch norm, dropout and a classifier."""
-
-    Options = Options
-    family, tasks, training = "Small", ("classification",), "gradient"
-    uses_layer, min_input_size = True, 1
-
-    def __init__(self, *, layer, in_channels, num_classes):
-        super().__init__()
-        self.features = nn.Sequential(
-            layer(in_channels=in_channels, out_channels=8),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Dropout(0.2),
-        )
-        self.classifier = nn.Linear(32, num_classes)
-
-    def forward(self, x):
-        return self.classifier(self.features(x))
+WRITES = os.O_WRONLY | os.O_RDWR
+CHANGES = {"os.rename", "os.link", "os.remove", "os.chmod", "os.rmdir", "os.mkdir"}
 
 
-DIGITS = ["--dataset", "digits", "--device", "cpu", "--limit_test", "40"]
-COMMANDS = {
-    "gradient": [
-        *("--model", "small", "--layer", "Conv2d", "--num_epochs", "3", "--batch_size", "20"),
-        *("--limit_train", "110", "--val_split", "0.1", "--augment", "--save_every", "2"),
-        *("--scheduler", "cosine"),
-    ],
-    "growth": [
-        *("--model", "dynamic", "--num_epochs", "2", "--num_layers", "2", "--batch_size", "20"),
-        *("--limit_train", "1200", "--save_every", "1", "--prune"),
-    ],
-    "memory": ["--model", "knn", "--K", "1,3", "--limit_train", "200"],
-}
+def at_write(number: int, report: Path | None = None) -> Callable[[], None]:
+    """Return a hook that kills a run at its n-th operation on a file of its folder.
 
+    Args:
+        number: Which one, from 0 on; less than 0: none, and the count goes to `report`.
+        report: Where the number of operations is written.
+    """
 
-def start(folder: Path, words: list[str], hook=None) -> int:
-    """Fork a run in a folder; return its process."""
-    process = os.fork()
-    if process:
-        return process
-    code = 70
-    try:
-        os.chdir(folder)
-        log = os.open("log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        models.MODELS["small"] = SmallNet
-        if hook is not None:
-            hook()
-        main([*words, *DIGITS, "--output_dir", "run", "--resume", "auto"])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        import traceback
+    def hook() -> None:
+        place, count = Path(RUN).absolute(), 0
 
-        traceback.print_exc()
-    os._exit(code or 0)
+        def step() -> None:
+            nonlocal count
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            if report is not None:
+                os.write(counter, b".")
 
+        def watch(event: str, arguments: tuple) -> None:
+            if event != "open" and event not in CHANGES:
+                return
+            path = arguments[0]
+            if not isinstance(path, str | os.PathLike):
+                return
+            if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITES):
+                return
+            if place in (whole := Path(path).absolute()).parents or whole == place:
+                step()
 
-def finish(folder: Path, words: list[str]) -> None:
-    _, status = os.waitpid(start(folder, words), 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{folder}: the resumed run failed:\n{(folder / 'log.txt').read_text()}")
+        original = checkpoints._Watched.write
 
+        def write(self, data):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 9:  # a part of the file is on disk, the rest is not
+                self.file.flush()
+                step()
+            return original(self, data)
 
-def kill_at_write(number: int):
-    """Return a hook that kills the process before its n-th rename or link, or right after it."""
-
-    def hook():
-        count = 0
-        before = number % 2 == 0
-
-        def wrap(function):
-            def call(*arguments):
-                nonlocal count
-                count += 1
-                if count == number // 2 + 1 and before:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                result = function(*arguments)
-                if count == number // 2 + 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-
-            return call
-
-        os.replace, os.link = wrap(os.replace), wrap(os.link)
+        if report is not None:
+            counter = os.open(report, os.O_CREAT | os.O_WRONLY)
+        checkpoints._Watched.write = write
+        sys.addaudithook(watch)
 
     return hook
 
 
-SECONDS = re.compile(r"\d+\.\d+s|\d+ (samples|queries)/s")
-TIMED = ("times", "lines", "digest", "best_digest")
+def at_step(trainer: str, number: int) -> Callable[[], None]:
+    """Return a hook that stops a run by SIGTERM amid its n-th step, from 1 on."""
+
+    def hook() -> None:
+        owner, count = trainers.TRAINERS[trainer], 0
+        original = owner.step
+
+        def step(self, *arguments):
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *arguments)
+
+        owner.step = step
+
+    return hook
 
 
-def untimed(item):
-    if isinstance(item, dict):
-        return {k: untimed(v) for k, v in item.items() if k not in TIMED}
-    return item
+class Attack:
+    """Runs of one trainer that are interrupted and gone on with.
 
+    Args:
+        trainer: Name of the trainer.
+        place: An empty folder.
+    """
 
-def snapshot(folder: Path) -> dict[str, object]:
-    """Return what every file of a run says, but for times."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or name in ("timing.csv", "environment.json"):
-            continue
-        if path.suffix == ".pt":
-            found[name] = content_digest(untimed(load_checkpoint(path)))
-        elif name == "summary.json":
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
-        elif path.suffix == ".txt":
-            found[name] = SECONDS.sub("", path.read_text(encoding="utf-8"))
-        else:
-            found[name] = path.read_bytes()
-    return found
+    def __init__(self, trainer: str, place: Path) -> None:
+        self.trainer, self.place = trainer, place
+        self.words = [*COMMANDS[trainer], "--output_dir", RUN, "--resume", "auto"]
+        self.rows: list[dict[str, object]] = []
+        self.problems: list[str] = []
+        whole = place / "whole"
+        whole.mkdir()
+        begun = time.perf_counter()
+        self._finish(whole)
+        self.length = time.perf_counter() - begun
+        self.expected = snapshot(whole / RUN)
 
+    def _finish(self, folder: Path) -> None:
+        ended = wait(start(folder, self.words), folder)
+        if ended.code != 0:
+            raise SystemExit(f"{folder}: the run failed:\n{ended.said}")
 
-def differences(one: dict, other: dict) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-def attack(trainer: str, args: argparse.Namespace, place: Path) -> list[str]:
-    """Kill, resume and compare; return what went wrong."""
-    words, problems, killed = COMMANDS[trainer], [], 0
-    whole = place / "whole"
-    whole.mkdir()
-    begun = time.perf_counter()
-    finish(whole, words)
-    length = time.perf_counter() - begun
-    expected = snapshot(whole / "run")
-
-    def judge(name: str, folder: Path) -> None:
-        finish(folder, words)
-        if wrong := differences(expected, snapshot(folder / "run")):
-            problems.append(f"{trainer}, {name}: {', '.join(wrong)} differ")
+    def count_writes(self) -> int:
+        """Return how many operations on files an unbroken run takes."""
+        folder = self.place / "counted"
+        folder.mkdir()
+        report = self.place / "count"
+        wait(start(folder, self.words, at_write(-1, report)), folder)
         shutil.rmtree(folder)
+        return report.stat().st_size
 
-    rng = random.Random(args.seed)
-    moments = [rng.uniform(0.02, length) for _ in range(args.moments)]
-    for number, moment in enumerate(moments):
-        folder = place / f"moment_{number}"
-        folder.mkdir()
-        process = start(folder, words)
-        time.sleep(moment)
-        os.kill(process, signal.SIGTERM if args.stop else signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if args.stop and code not in (0, 143):
-            problems.append(f"{trainer}, SIGTERM after {moment:.3f}s: exit code {code}")
-        killed += code != 0
-        judge(f"moment {number} ({moment:.3f}s)", folder)
-    number = 0
-    while not args.stop:
-        folder = place / f"write_{number}"
-        folder.mkdir()
-        _, status = os.waitpid(start(folder, words, kill_at_write(number)), 0)
-        if os.waitstatus_to_exitcode(status) == 0:
-            break
-        killed += 1
-        judge(f"write {number // 2 + 1}, {('before', 'after')[number % 2]}", folder)
-        number += args.stride
-    print(f"{trainer}: {killed} killed, {len(problems)} went wrong.", flush=True)
-    return problems
+    def try_all(self, how: str, cases: dict[str, Callable[[Path], list[int]]], stop: bool) -> None:
+        """Interrupt runs, go on with them and compare.
+
+        Args:
+            how: How they are interrupted.
+            cases: Begins a run in a folder and returns the exit codes of its processes, by name.
+            stop: Whether they are asked to stop, not killed.
+        """
+        names = ("runs", "interrupted", "files compared", "that differ", "other exit codes")
+        row = dict.fromkeys(names, 0)
+        wanted = 143 if stop else -signal.SIGKILL
+        for name, begin in cases.items():
+            folder = self.place / "case"
+            folder.mkdir()
+            codes = begin(folder)
+            row["runs"] += 1
+            row["interrupted"] += sum(code == wanted for code in codes)
+            for code in codes:
+                if code not in (0, wanted):
+                    row["other exit codes"] += 1
+                    said = (folder / "log.txt").read_text()
+                    self.problems.append(f"{self.trainer}, {name}: exit code {code}\n{said}")
+            self._finish(folder)
+            found = snapshot(folder / RUN)
+            wrong = differences(self.expected, found)
+            row["files compared"] += len(found)
+            row["that differ"] += len(wrong)
+            if wrong:
+                self.problems.append(f"{self.trainer}, {name}: {', '.join(wrong)} differ")
+            shutil.rmtree(folder)
+        self.rows.append({"trainer": self.trainer, "interrupted at": how, **row})
+        print(table(self.rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+
+    def at_moments(self, number: int, signum: int, seed: int) -> None:
+        """Interrupt runs from outside at random moments, every other one twice."""
+        rng = random.Random(seed)
+
+        def begin(folder: Path) -> list[int]:
+            codes = []
+            for _ in range(1 + rng.randrange(2)):
+                process = start(folder, self.words)
+                time.sleep(rng.uniform(0.02, self.length))
+                os.kill(process, signum)
+                codes.append(wait(process, folder).code)
+            return codes
+
+        name = signal.Signals(signum).name
+        cases = {f"{name} at moment {i}": begin for i in range(number)}
+        self.try_all(f"random moments, {name}", cases, stop=signum == signal.SIGTERM)
+
+    def at_writes(self, stride: int) -> None:
+        """Kill runs at every n-th write."""
+
+        def killed_at(number: int) -> Callable[[Path], list[int]]:
+            return lambda folder: [wait(start(folder, self.words, at_write(number)), folder).code]
+
+        numbers = range(0, self.count_writes(), stride)
+        cases = {f"SIGKILL at write {number}": killed_at(number) for number in numbers}
+        self.try_all("each write, SIGKILL" if stride == 1 else "some writes, SIGKILL", cases, False)
+
+    def at_steps(self, stride: int) -> None:
+        """Stop runs amid every n-th step, until they end before it."""
+
+        def stopped_at(number: int) -> Callable[[Path], list[int]]:
+            hook = at_step(self.trainer, number)
+            return lambda folder: [wait(start(folder, self.words, hook), folder).code]
+
+        count = STEPS[self.trainer]
+        cases = {f"SIGTERM amid step {n}": stopped_at(n) for n in range(1, count + 1, stride)}
+        self.try_all("each step, SIGTERM" if stride == 1 else "some steps, SIGTERM", cases, True)
+
+
+STEPS = {"gradient": 15, "growth": 4, "memory": 1}  # of the commands
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, default=20, help="random moments a trainer")
-    parser.add_argument("--stride", type=int, default=1, help="try every n-th write")
-    parser.add_argument("--stop", action="store_true", help="SIGTERM at moments, no kill at writes")
+    parser.add_argument("--stride", type=int, default=1, help="try every n-th write and step")
     parser.add_argument("--trainers", nargs="+", choices=tuple(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    rows, problems = [], []
     for each in arguments.trainers:
         with tempfile.TemporaryDirectory() as scratch:
-            found += attack(each, arguments, Path(scratch))
-    print("\n".join(found))
-    sys.exit(bool(found))
+            attack = Attack(each, Path(scratch))
+            for signum in (signal.SIGKILL, signal.SIGTERM):
+                attack.at_moments(arguments.moments, signum, arguments.seed)
+            attack.at_steps(arguments.stride)
+            attack.at_writes(arguments.stride)
+        rows += attack.rows
+        problems += attack.problems
+    print(table(rows), *problems, sep="\n")
+    sys.exit(bool(problems))

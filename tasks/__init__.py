@@ -45,6 +45,7 @@ from tasks.restoration import (
     build_pairs,
     build_photos,
 )
+from tasks.signals import MNIST1DOptions, UCROptions, build_mnist1d, build_ucr
 from tasks.super_resolution import SuperResolutionTask
 from tasks.task import Finding, Needs, Task
 
@@ -70,6 +71,7 @@ class DatasetEntry:
         Options: Its options.
         shape: Shape (C, H, W) of its samples where it is the same for everybody.
         num_classes: Number of classes, likewise.
+        inputs: Kind of its samples: "images" or "signals" (C, L).
     """
 
     tasks: tuple[str, ...]
@@ -77,6 +79,7 @@ class DatasetEntry:
     Options: type[Options] = Options
     shape: tuple[int, ...] | None = None
     num_classes: int | None = None
+    inputs: str = "images"
 
 
 def _labelled(
@@ -123,6 +126,8 @@ DATASETS: dict[str, DatasetEntry] = {
     "recall": DatasetEntry(("classification",), build_recall, RecallOptions),
     "match": DatasetEntry(("classification",), build_match, MatchPictureOptions),
     "copy": DatasetEntry(("classification",), build_copy, CopyOptions),
+    "mnist1d": DatasetEntry(("classification",), build_mnist1d, MNIST1DOptions, inputs="signals"),
+    "ucr": DatasetEntry(("classification",), build_ucr, UCROptions, inputs="signals"),
     "denoise": DatasetEntry(("denoising", "super_resolution"), build_denoise, CleanFoldersOptions),
     "pairs": DatasetEntry(("denoising",), build_pairs, PairedFoldersOptions),
     "photos": DatasetEntry(("denoising", "super_resolution"), build_photos),

@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from dataset import Data
+from dataset import Data, full_dataset
 from options import OptionError, option
 from run_folder import RunFolder
 from tasks.quality import psnr, ssim
@@ -259,7 +258,7 @@ class SuperResolutionTask(RestorationTask):
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
     ) -> tuple[dict[str, float], list[str]]:
         """Evaluate on the test set, with a table of images, and pictures if they are asked for."""
-        base = data.test.dataset if isinstance(data.test, Subset) else data.test
+        base = full_dataset(data.test)
         report = EnlargementReport(
             base.names, run, self.before, self.after, pictures=self.save_images
         )

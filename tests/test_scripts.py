@@ -202,6 +202,13 @@ def test_a_study_runs_reports_and_goes_on(small_study, capsys, monkeypatch):
     rows = list(csv.DictReader((docs / "small.csv").read_text().splitlines()))
     assert [row["setting"] for row in rows] == ["Conv2d", "Conv2d, 5x5"]
     assert all(float(row["chosen_test_top1"]) >= 0 for row in rows)
+    study.main(["small", "--cost", "--rounds", "2", "--docs", str(docs)])
+    assert "bad cannot be measured" in capsys.readouterr().out
+    costs = list(csv.DictReader((docs / "small_cost.csv").read_text().splitlines()))
+    assert [row["setting"] for row in costs] == ["Conv2d", "Conv2d, 5x5"]
+    assert float(costs[1]["mflops"]) > float(costs[0]["mflops"]) > 0
+    assert "MiB a step" in (docs / "small.md").read_text()
+    assert (docs / "small_cost.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("DRY_RUN", "1")
     study.main(["small"])
     lines = capsys.readouterr().out.splitlines()

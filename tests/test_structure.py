@@ -17,6 +17,7 @@ ALLOWED = {
     "files": {"utils"},
     "dataset": {"options", "utils", "files"},
     "tasks": {"tasks", "dataset", "files", "run_folder", "utils", "options"},
+    "trackers": set(),
     "faults": set(),
     "ranks": set(),
     "environment": {"utils", "checkpoints", "run_folder"},
@@ -33,8 +34,9 @@ ALLOWED = {
         *("tasks", "trainers", "utils"),
     },
 }
-ALLOWED["commandline"] = {"builders", *ALLOWED["builders"], "environment"}
+ALLOWED["commandline"] = {"builders", *ALLOWED["builders"], "environment", "trackers"}
 ALLOWED["main"] = {*ALLOWED}
+ALLOWED["hubconf"] = {"builders", "checkpoints", "layers", "models", "options"}
 OURS = set(ALLOWED)
 
 

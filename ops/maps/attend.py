@@ -29,7 +29,8 @@ def attend_neighbors(
     self_score: float | None,
     dropout_p: float = 0.0,
     training: bool = False,
-) -> Tensor:
+    with_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend over the K chosen neighbors, then weigh them by channel.
 
     s[m, j] = similarity(k[m], q[indices[m, j]]), minus the squared distance for "euclidean";
@@ -47,9 +48,11 @@ def attend_neighbors(
         self_score: fixed score of the first neighbor; None for its own.
         dropout_p: probability of dropping an attention weight.
         training: whether dropout acts.
+        with_attention: return the attention, too.
 
     Returns:
-        (B, M, C). Under autocast in its type; scores are computed in float32.
+        y (B, M, C). Under autocast in its type; scores are computed in float32. And, if wanted,
+        softmax_j(s) (B, M, K) before dropout; no gradient flows through it.
     """
     _check(q, k, v, indices, weight, metric)
     q, k, v, weight, bias = match_autocast(q, k, v, weight, bias)
@@ -63,10 +66,11 @@ def attend_neighbors(
     if training and dropout_p > 0:
         keep = F.dropout(q.new_ones(q.shape[0], *indices.shape[-2:]), dropout_p)
     fixed, score = self_score is not None, self_score or 0.0
-    y, _ = torch.ops.neighbors.attend(
+    y, attention = torch.ops.neighbors.attend(
         q, k, v, indices, weight, bias, metric == "euclidean", fixed, score, keep
     )
-    return y.to(out_dtype)
+    y = y.to(out_dtype)
+    return (y, attention.detach()) if with_attention else y
 
 
 def _check(q, k, v, indices, weight, metric: str) -> None:

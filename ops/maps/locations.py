@@ -5,6 +5,7 @@ Symbols: N positions of the padded grid, M queries, K neighbors.
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def location_neighbors(
     metric: str,
     *,
     padding: int = 0,
-    stride: int = 1,
+    stride: int | Sequence[int] = 1,
     candidates: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -59,7 +60,7 @@ def location_neighbors(
         K: neighbors of each query; the query itself is always one.
         metric: "euclidean" or "cosine".
         padding: width of the border; queries are the positions inside it.
-        stride: queries are every stride-th of them along each axis.
+        stride: queries are every stride-th of them along each axis; a number for all, or for each.
         candidates: (N',) positions: only these compete (self excepted).
         device: of the result.
 
@@ -81,8 +82,9 @@ def location_neighbors(
             "neighbors to find"
         )
     like = torch.empty(0, device=device) if candidates is None else candidates
+    steps = list(stride) if isinstance(stride, Sequence) else [stride] * len(key_shape)
     out = torch.ops.neighbors.location(
-        like, list(key_shape), K, metric, padding, stride, candidates is not None
+        like, list(key_shape), K, metric, padding, steps, candidates is not None
     )
     return out if device is None else out.to(device)
 
@@ -91,8 +93,8 @@ def location_neighbors(
     "neighbors::location",
     mutates_args=(),
     # In words: torch 2.6 does not know what `list[int]` means.
-    schema="(Tensor like, SymInt[] key_shape, SymInt K, str metric, SymInt padding, SymInt stride, "
-    "bool sampled) -> Tensor",
+    schema="(Tensor like, SymInt[] key_shape, SymInt K, str metric, SymInt padding, "
+    "SymInt[] stride, bool sampled) -> Tensor",
 )
 def _location(
     like: Tensor,
@@ -100,13 +102,13 @@ def _location(
     K: int,
     metric: str,
     padding: int,
-    stride: int,
+    stride: list[int],
     sampled: bool,
 ) -> Tensor:
     if sampled:
         chosen = _locate(tuple(key_shape), K, metric, padding, stride, like.cpu().sort().values)
         return chosen.to(like.device)
-    key = (*key_shape, K, metric, padding, stride, like.device)
+    key = (*key_shape, K, metric, padding, *stride, like.device)
     cached = _LOCATIONS.get(key)
     if cached is None:
         cached = _locate(tuple(key_shape), K, metric, padding, stride, None).to(like.device)
@@ -117,8 +119,8 @@ def _location(
 @_location.register_fake
 def _(like, key_shape, K, metric, padding, stride, sampled):
     m = 1
-    for side in key_shape:
-        m = m * ((side - 2 * padding + stride - 1) // stride)
+    for side, step in zip(key_shape, stride, strict=True):
+        m = m * ((side - 2 * padding + step - 1) // step)
     return like.new_empty((m, K), dtype=torch.int64)
 
 
@@ -139,12 +141,15 @@ def _locate(
     K: int,
     metric: str,
     padding: int,
-    stride: int,
+    stride: Sequence[int],
     candidates: Tensor | None,
 ) -> Tensor:
     coords, steps = _lattice(key_shape)
     n = len(coords)
-    axes = [torch.arange(padding, side - padding, stride) for side in key_shape]
+    axes = [
+        torch.arange(padding, side - padding, step)
+        for side, step in zip(key_shape, stride, strict=True)
+    ]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)  # (M, axes)
     own = places[:, 0]
     for d in range(1, len(key_shape)):

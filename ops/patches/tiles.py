@@ -195,6 +195,22 @@ class TileIndices:
     fresh: Tensor | None
     whole: bool
 
+    def by_query(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys (M, u·v) and the weights (B, M, K, u·v) of every patch, in order.
+
+        Args:
+            weights: Of all tiles (B, T, p, q, K, u, v).
+        """
+        query = self.query.flatten()
+        each = self.query[0].numel()
+        keys = self.key.flatten(1)[:, None].expand(-1, each, -1).flatten(0, 1)  # (T·p·q, u·v)
+        rows = weights.flatten(-2).flatten(1, 3)  # (B, T·p·q, K, u·v)
+        if self.fresh is not None:
+            fresh = self.fresh.flatten() > 0
+            query, keys, rows = query[fresh], keys[fresh], rows[:, fresh]
+        order = query.argsort()
+        return keys[order], rows[:, order]
+
     def take(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rows (B, N, F) of each tile (B, T, n, F)."""
         if self.whole:

@@ -46,10 +46,11 @@ class Windows:
     Args:
         grid: Positions of the patches.
         window: Side of the window in patches; it shrinks to the grid where the grid is smaller.
+        device: Where the images are.
     """
 
-    def __init__(self, grid: PatchGrid, window: int) -> None:
-        self.grid = grid
+    def __init__(self, grid: PatchGrid, window: int, device: torch.device | None = None) -> None:
+        self.grid, self.device = grid, device
         self.size = min(window, grid.rows), min(window, grid.cols)
         self.blocks = grid.block_rows, grid.block_cols
 
@@ -69,18 +70,32 @@ class Windows:
         numbers += [volumes, grid.height, grid.width, top, left]
         return (ctypes.c_int64 * len(numbers))(*numbers)
 
-    def barred(self, begin: int, end: int, device: torch.device | None = None) -> Tensor:
+    def _starts(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """First rows of the windows of rows begin … end - 1, first columns of all columns."""
+        spans = ((begin, end, self.grid.rows), (0, self.grid.cols, self.grid.cols))
+        down, across = (
+            (torch.arange(*span, device=self.device) - size // 2).clamp(0, n - size)
+            for (*span, n), size in zip(spans, self.size, strict=True)
+        )
+        return down, across
+
+    def barred(self, begin: int, end: int) -> Tensor:
         """-inf where a patch of rows begin … end - 1 meets itself, else 0 (M, O)."""
-        down, across = self.size
-
-        def own(i: Tensor, n: int, window: int) -> Tensor:
-            return i - (i - window // 2).clamp(0, n - window)
-
-        row = own(torch.arange(begin, end, device=device), self.grid.rows, down)
-        col = own(torch.arange(self.grid.cols, device=device), self.grid.cols, across)
-        place = (row[:, None] * across + col).view(-1, 1)
-        zeros = torch.zeros(len(place), down * across, device=device)
+        down, across = self._starts(begin, end)
+        row = torch.arange(begin, end, device=self.device) - down
+        col = torch.arange(self.grid.cols, device=self.device) - across
+        place = (row[:, None] * self.size[1] + col).view(-1, 1)
+        zeros = torch.zeros(len(place), math.prod(self.size), device=self.device)
         return zeros.scatter_(1, place, -torch.inf)
+
+    def candidates(self) -> Tensor:
+        """Patches of the window of every patch (M, O), the patch itself among them."""
+        rows, cols = (
+            start[:, None] + torch.arange(size, device=self.device)
+            for start, size in zip(self._starts(0, self.grid.rows), self.size, strict=True)
+        )
+        found = rows[:, None, :, None] * self.grid.cols + cols[None, :, None, :]
+        return found.flatten(2).flatten(0, 1)
 
     def _pack_sizes(self, samples: int, channels: int) -> ctypes.Array:
         """Sizes of padded images, which have nothing to be cut off."""

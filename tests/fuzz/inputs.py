@@ -1,5 +1,6 @@
 """Strategies that draw cases: mostly whole inputs with one or two things wrong."""
 
+import contextlib
 import functools
 import io
 import tempfile
@@ -10,16 +11,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from PIL import Image
 
 import models
 from builders import all_options
+from checkpoints import content_digest
 from main import main
 from tests.conftest import TinyNet
 from tests.fuzz.harness import PIPE, Case
-from utils import format_args
+from utils import WriteError, format_args
 
 WILD_NUMBERS = ["-1", "0", "1", "2", "3", "7", "0.5", "1e-9", "-0.0", "1e30", "1000000000"]
 WILD_NUMBERS += ["100000000000000000000", "-9223372036854775809", "inf", "-inf", "nan", "x", ""]
@@ -276,54 +279,73 @@ def images(draw: st.DrawFn) -> Case:
 
 
 @functools.cache
-def _checkpoint() -> bytes:
-    """Train the tiny network for an epoch; return its best.pt."""
+def _checkpoint(kind: str) -> bytes:
+    """Return the last.pt of a small run: after an epoch, amid one, or of a network that grew."""
+    argv = ["--model", "tiny", "--layer", "Conv2d", "--scheduler", "plateau"]
+    if kind == "grown":
+        argv = ["--model", "dynamic", "--num_layers", "1"]
+    argv += ["--dataset", "digits", "--device", "cpu", "--limit_train", "12", "--limit_test", "6"]
+    argv += ["--batch_size", "5", "--save_every", "2", "--num_epochs", "1"]
+    stop = WriteError("what was saved amid the epoch stays the last") if kind == "amid" else None
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(models.MODELS, tiny=TinyNet),
         mock.patch("builtins.print"),
         mock.patch("tqdm.tqdm.write"),
+        mock.patch("train_eval.check_measured", side_effect=stop),
     ):
-        argv = ["--model", "tiny", "--layer", "Conv2d", "--dataset", "digits", "--device", "cpu"]
-        argv += ["--limit_train", "12", "--limit_test", "6", "--num_epochs", "1"]
-        main([*argv, "--output_dir", folder])
-        return Path(folder, "best.pt").read_bytes()
+        with contextlib.nullcontext() if stop is None else pytest.raises(SystemExit):
+            main([*argv, "--output_dir", folder])
+        return Path(folder, "last.pt").read_bytes()
 
 
 def _branches(table: Any, path: tuple = ()) -> list[tuple]:
-    """Return the places of all entries of nested tables."""
+    """Return the places of all entries of nested tables, and of the first ones of lists."""
     found = []
-    for key, value in table.items():
+    entries = table.items() if isinstance(table, dict) else list(enumerate(table))[:3]
+    for key, value in entries:
         found.append((*path, key))
-        if isinstance(value, dict):
+        if isinstance(value, dict | list):
             found += _branches(value, (*path, key))
     return found
+
+
+def _holds(table: Any, key: Any) -> bool:
+    """Say whether a table or list still has an entry."""
+    if isinstance(table, list):
+        return isinstance(key, int) and key < len(table)
+    return isinstance(table, dict) and key in table
 
 
 @st.composite
 def checkpoints(draw: st.DrawFn) -> Case:
     """A checkpoint that is cut, changed, or lacks entries or holds strange ones."""
-    content = _checkpoint()
+    content = _checkpoint(draw(st.sampled_from(["ended", "amid", "grown"])))
     if draw(st.booleans()):
         content = _spoilt(draw, content)
     else:
         table = torch.load(io.BytesIO(content), weights_only=True)
-        table.pop("digest", None)  # no hostile file lacks a right one
-        table["format"] = 1
         strange = st.sampled_from(
             [None, "x", -1, 10**20, 0.5, float("nan"), True, [], [1], {}, {"a": 1}, b"x"]
         ) | st.sampled_from([torch.zeros(0), torch.zeros(3, 3), torch.zeros(2, dtype=torch.int64)])
-        places = [p for p in _branches(table) if p[0] in ("model", "args")]
-        for place in draw(st.lists(st.sampled_from(places), min_size=1, max_size=2, unique=True)):
-            inner = table
+        groups = [[p for p in _branches(table) if p[0] == name] for name in table]
+        places = st.sampled_from(groups).flatmap(st.sampled_from)
+        for place in draw(st.lists(places, min_size=1, max_size=2)):
+            inner: Any = table
             for key in place[:-1]:
-                inner = inner.get(key, {}) if isinstance(inner, dict) else {}
-            if not isinstance(inner, dict) or place[-1] not in inner:
+                inner = inner[key] if _holds(inner, key) else None
+            if not _holds(inner, place[-1]):
                 continue
             if draw(st.booleans()):
                 del inner[place[-1]]
             else:
                 inner[place[-1]] = draw(strange)
+        if draw(st.integers(0, 3)):  # no hostile file lacks a right digest
+            table.pop("digest", None)
+            table["digest"] = content_digest(table)
+        else:
+            table.pop("digest", None)
+            table["format"] = 1
         file = io.BytesIO()
         torch.save(draw(st.sampled_from([table] * 9 + [[table], table.get("model")])), file)
         content = file.getvalue()
@@ -334,6 +356,8 @@ def checkpoints(draw: st.DrawFn) -> Case:
 CHECKPOINT_FLAGS = [
     ("--test_only", "--checkpoint", "a.pt", "--output_dir", "out"),
     ("--pretrained", "a.pt", "--dry_run", "--dataset", "digits", "--limit_train", "9"),
+    ("--resume", "--checkpoint", "a.pt", "--output_dir", "out", "--num_epochs", "2"),
+    ("--resume", "--checkpoint", "a.pt", "--output_dir", "out", "--num_epochs", "2"),
 ]
 
 KINDS = {

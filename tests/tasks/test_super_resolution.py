@@ -139,6 +139,10 @@ def test_train_test_and_enlarge(folders, capsys):
     assert "colors by the bicubic filter" in capsys.readouterr().out
 
 
+def test_part_of_the_test_images_one_by_one(folders):
+    assert run("--limit_test", 4, "--dry_run")["test"]["psnr"] > 0
+
+
 def test_held_out_images_and_another_network(folders):
     result = run("--val_split", 0.5, "--dry_run", "--preset", "vdsr", "--scale", 2)
     assert result["test"]["psnr"] > 0
