@@ -558,11 +558,7 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
             f"--resume: --model {choice.model} stores the training set in one go, there is nothing "
             "to go on with. --test_only evaluates the run; --overwrite does it anew."
         )
-    if world_size() > 1 and not trainer.shares:
-        raise ValueError(
-            f"torchrun started {world_size()} processes, and --model {choice.model} learns in one: "
-            "each of them would do the whole run. Start it by python main.py."
-        )
+    check_fsdp(given, choice)
     if trainer.features is not None:
         spec = values[trainer.features]
         if spec != "raw" and not choice.task_type.features:
@@ -575,6 +571,22 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
     if idle := sorted(given - choice.read_options()):
         print(f"note: no effect with {choice}: {', '.join(f'--{name}' for name in idle)}.")
     check_folder(Path(values["output_dir"]), reads=values["test_only"])
+
+
+def check_fsdp(given: set[str], choice: Choice) -> None:
+    """Refuse parameters in parts where there is nothing to share out."""
+    if "fsdp" not in given:
+        return
+    if choice.trainer_type.name != "gradient":
+        raise ValueError(
+            f"--fsdp shares out the parameters of a network that learns by gradient, and --model "
+            f"{choice.model} has none. Leave it out."
+        )
+    if world_size() == 1:
+        raise ValueError(
+            "--fsdp shares out the parameters over several processes, and there is one. Start "
+            "them by torchrun --nproc_per_node N main.py, or leave it out."
+        )
 
 
 def check_folder(folder: Path, *, reads: bool) -> None:

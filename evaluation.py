@@ -126,8 +126,10 @@ def evaluate(
     """
     model.eval()
     averages, parts = Averages(), []
-    # Several processes share the batches; what observes them has to see all of them.
+    # Several processes share the batches; what observes them has to see all of them, and a model
+    # in parts runs in all processes at once.
     shared = ranks.initialised() and observe is None and max_batches is None
+    shared = shared and not ranks.in_parts(model)
     for batch in watched(ranks.every_nth_batch(loader) if shared else loader, text, max_batches):
         if not shared:
             faults.check()

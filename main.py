@@ -66,7 +66,15 @@ from ops.cpu import build as native
 from options import (
     flagged,
 )
-from ranks import distributed, gather, in_agreement, initialised, leave_together, world_size
+from ranks import (
+    distributed,
+    gather,
+    in_agreement,
+    initialised,
+    leave_together,
+    left_alone,
+    world_size,
+)
 from run_folder import RunFolder, TrainingError
 from tasks import Task
 from tasks.inspection import inspect_data
@@ -168,7 +176,7 @@ def run_command(
         except RuntimeError as error:
             if "can't allocate memory" in str(error):
                 text = out_of_memory(values)
-            elif initialised():
+            elif initialised() and left_alone(error):
                 reason = str(error).splitlines()[0]
                 text = (
                     f"process {os.environ.get('RANK')} of {world_size()} cannot go on without the "

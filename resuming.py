@@ -8,13 +8,7 @@ from typing import Any
 import torch
 
 import ranks
-from checkpoints import (
-    CheckpointError,
-    check_form,
-    checkpoint_digest,
-    load_weights,
-    without_training,
-)
+from checkpoints import CheckpointError, check_form, checkpoint_digest, without_training
 from evaluation import Averages
 from run_folder import Progress
 from utils import get_random_state, set_random_state
@@ -80,7 +74,7 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
         CheckpointError: If entries are missing or of another form.
     """
     try:
-        load_weights(trainer.evaluated, checkpoint)
+        trainer.load_model(checkpoint)
         trainer.load_state_dict(checkpoint["trainer"])
         for state in (checkpoint["random_state"], *checkpoint.get("random_states", [])):
             check_random_state(state)
@@ -107,11 +101,17 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
     return progress
 
 
-def own_place(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def own_place(checkpoint: Mapping[str, Any], *, splits: bool) -> dict[str, Any]:
     """Return this process's place in the epoch, out of those that a checkpoint holds.
 
     If it was saved by another number of processes, the first one takes over all their averages.
+
+    Args:
+        checkpoint: What was saved amid an epoch.
+        splits: Whether every process sees a part of each batch; if not, all are in one place.
     """
+    if not splits:
+        return dict(checkpoint["place"])
     places = checkpoint.get("places", [checkpoint["place"]])
     if len(places) == ranks.world_size():
         return places[ranks.rank()]
@@ -125,7 +125,7 @@ def state_of(trainer: Any, run: Any, progress: Progress, **more: Any) -> dict[st
     """Return what a run can be gone on with from."""
     random_state = get_random_state()
     state = {
-        "model": trainer.evaluated.state_dict(),
+        "model": trainer.model_state(),
         "trainer": trainer.state_dict(),
         "progress": vars(progress),
         "random_state": random_state,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import faults
 import ranks
-from checkpoints import CheckpointError, load_checkpoint, load_weights
+from checkpoints import CheckpointError, load_checkpoint
 from evaluation import Averages, Evaluation, evaluate, watched
 from resuming import own_place, own_random_state, restore, settle, state_of
 from run_folder import Pass, Progress, RunFolder, TrainingError
@@ -241,7 +241,7 @@ def fit(
             trainer.sound(where["epoch"], where["step"])
             where = {**where, "seconds": time.perf_counter() - start}
             where = ranks.gather(where)
-            if len(where) > 1:
+            if len(where) > 1 and trainer.splits:
                 more["places"] = where
             state = state_of(trainer, run, progress, place=where[0], **more)
             folder.save(state, best=False)
@@ -405,7 +405,7 @@ def train(
     else:
         settle(trainer, run, Path(source), checkpoint, progress)
         if "place" in checkpoint:
-            place = own_place(checkpoint)
+            place = own_place(checkpoint, splits=trainer.splits)
             states = {k: v for k, v in checkpoint.items() if k.startswith("random_state")}
             place = {**place, **states}
     if progress.epoch >= num_epochs:
@@ -434,6 +434,7 @@ def train(
     def use_best() -> int:
         if not folder.keeps_best:
             return progress.epoch
+        best = None
         if folder.writes:
             best = load_checkpoint(folder.path / folder.BEST)
             if progress.best_digest not in ("", best.get("digest")):
@@ -441,8 +442,7 @@ def train(
                     f"{folder.path / folder.BEST} is not the state of epoch {progress.best_epoch} "
                     "any more: something else has replaced it. --resume mends what it can."
                 )
-            load_weights(trainer.evaluated, best)
-        ranks.broadcast_module(trainer.evaluated)
+        trainer.load_best(best)
         return progress.best_epoch
 
     if data.val is not None and not trainer.tests_itself:

@@ -164,6 +164,7 @@ class Attack:
                 self.problems.append(f"{self.trainer}, {name}: {', '.join(wrong)} differ")
             shutil.rmtree(folder)
         self.rows.append({"trainer": self.trainer, "interrupted at": how, **row})
+        print(table(self.rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
 
     def at_moments(self, number: int, signum: int, seed: int) -> None:
         """Interrupt runs from outside at random moments, every other one twice."""
@@ -219,12 +220,11 @@ if __name__ == "__main__":
     for each in arguments.trainers:
         with tempfile.TemporaryDirectory() as scratch:
             attack = Attack(each, Path(scratch))
-            attack.at_writes(arguments.stride)
             for signum in (signal.SIGKILL, signal.SIGTERM):
                 attack.at_moments(arguments.moments, signum, arguments.seed)
             attack.at_steps(arguments.stride)
+            attack.at_writes(arguments.stride)
         rows += attack.rows
         problems += attack.problems
-        print(table(attack.rows), flush=True)
-    print("", table(rows), *problems, sep="\n")
+    print(table(rows), *problems, sep="\n")
     sys.exit(bool(problems))

@@ -62,6 +62,12 @@ class GradientOptions(RecipeOptions):
     sync_bn: bool = option(
         False, "under torchrun: batch norm by the statistics of all processes' samples"
     )
+    fsdp: bool = option(
+        False,
+        "under torchrun: every process holds a part of the parameters and optimizer states, for "
+        "models that one card does not hold (PyTorch's fully_shard)",
+        resumable=True,
+    )
     debug_nan: bool = option(
         False,
         "look at the loss after every step, and keep the batch of one that is not finite, in "
@@ -108,7 +114,7 @@ def build_optimizer(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters: list[Any] = [p for _, p in named]
     # One pass over each parameter instead of a dozen: an AdamW step of VGG costs a third.
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and not ranks.is_part(p) for p in parameters)
     if not decay_bias:
         biases = [p for key, p in named if key.rpartition(".")[2] == "bias"]
         parameters = [p for key, p in named if key.rpartition(".")[2] != "bias"]
@@ -197,6 +203,7 @@ class GradientTrainer(Trainer):
         clip_grad_norm: Largest norm of all gradients together; 0 does not clip.
         accum_steps: Parts that a batch is gone through in.
         sync_bn: Batch norm over all processes; see `ranks.SyncedBatchNorm`.
+        fsdp: Every process holds a part of the parameters; see `ranks.shard_parameters`.
         debug_nan: Look at the loss after every step.
         warmup_epochs: Epochs in which the learning rate rises; see `trainers.recipe.Warmup`.
         mixup: See `trainers.recipe.build_mix`, as is cutmix.
@@ -215,7 +222,6 @@ class GradientTrainer(Trainer):
     has_loss = True
     normalize = True
     rehearses = True
-    shares = True
     splits = True
     advice = (
         "Try a smaller --lr, or --clip_grad_norm 1.0; without --use_amp numbers have more range."
@@ -241,6 +247,7 @@ class GradientTrainer(Trainer):
         clip_grad_norm: float = 1.0,
         accum_steps: int = 1,
         sync_bn: bool = False,
+        fsdp: bool = False,
         debug_nan: bool = False,
         warmup_epochs: float = 0.0,
         mixup: float = 0.0,
@@ -251,6 +258,10 @@ class GradientTrainer(Trainer):
         steps_per_epoch: int = 1,
     ) -> None:
         super().__init__(model, task, device=device)
+        self.network: nn.Module = model  # what a batch goes through
+        self.totals = ranks.Totals()
+        if ranks.initialised():
+            self._join(sync_bn, fsdp)
         self.debug_nan, self.num_classes = debug_nan, num_classes
         self.mix = build_mix(mixup, cutmix, num_classes, sample_shape)
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
@@ -276,17 +287,37 @@ class GradientTrainer(Trainer):
         self.average = build_average(model, ema)
         self.scaler = torch.amp.GradScaler("cuda", enabled=use_amp and device.type == "cuda")
         self._losses: list[Tensor] = []
-        self.network: nn.Module = model  # what a batch goes through
-        if ranks.initialised():
-            if sync_bn:
-                ranks.synchronise_norms(model)
-            warnings.filterwarnings("ignore", message="Grad strides do not match")
-            self.network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+    def _join(self, sync_bn: bool, fsdp: bool) -> None:
+        """Share the work with the other processes."""
+        if sync_bn:
+            self.totals = ranks.synchronise_norms(self.model)
+        if fsdp:
+            ranks.shard_parameters(self.model)
+            return
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
+        self.network = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
-        """Refuse to compile without a compiler, and classes where there are none."""
+        """Refuse what cannot work: without a compiler, classes, or with several processes."""
         check_recipe(values, task_name)
+        processes = world_size()
+        if processes > 1 and values["sync_bn"] and values["accum_steps"] > 1:
+            raise ValueError(
+                f"--sync_bn and --accum_steps {values['accum_steps']} with {processes} processes: "
+                "batch norm would see parts of the batch that change with the number of "
+                "processes. Start more processes instead of --accum_steps, or leave --sync_bn out."
+            )
+        if processes > 1 and values["fsdp"]:
+            for other, why in (
+                ("ema", "an average is of whole weights"),
+                ("channels_last", "parts of parameters are held as plain rows"),
+                ("use_compiled", "a compiled network would hold on to gathered parameters"),
+                ("use_amp", "loss scaling would see one process's part of the gradients"),
+            ):
+                if values[other]:
+                    raise ValueError(f"--fsdp with --{other}: {why}. Leave one of them out.")
         if values["use_compiled"] and not has_cpp_compiler():
             raise ValueError(
                 "--use_compiled needs a C++ compiler and found none (g++, clang++, or $CXX). "
@@ -332,9 +363,7 @@ class GradientTrainer(Trainer):
                 inputs, targets = inputs[part], targets[part]
             counts = end > begin
             weight = world_size() * (end - begin) / size
-            for module in self.model.modules():
-                if isinstance(module, ranks.SyncedBatchNorm):
-                    module.weighs = counts
+            self.totals.weighs = counts
         self.optimizer.zero_grad(set_to_none=True)
         parts = [(inputs, targets)]
         if self.accum_steps > 1:
@@ -342,8 +371,7 @@ class GradientTrainer(Trainer):
             parts = list(zip(*chunks, strict=True))
         losses, metrics = [], []
         for number, (x, y) in enumerate(parts, start=1):
-            last = number == len(parts) or self.network is self.model
-            with contextlib.nullcontext() if last else self.network.no_sync():
+            with self._apart(number < len(parts)):
                 with autocast(self.device, self.amp):
                     outputs = self.network(x)
                     loss = self.task.objective(outputs, y)
@@ -369,6 +397,40 @@ class GradientTrainer(Trainer):
         count = len(next(iter(metrics[0].values())))
         return {"loss": loss.expand(count), **metrics[0]}
 
+    def _apart(self, apart: bool) -> contextlib.AbstractContextManager:
+        """Whether gradients stay in the processes, as a later part of the batch adds to them."""
+        if self.network is not self.model:
+            return self.network.no_sync() if apart else contextlib.nullcontext()
+        if ranks.in_parts(self.model):
+            self.model.set_requires_gradient_sync(not apart)
+        return contextlib.nullcontext()
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the model's state, whole."""
+        if not ranks.in_parts(self.model):
+            return super().model_state()
+        return ranks.whole(self.model.state_dict())
+
+    def load_model(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take back a model's state."""
+        if not ranks.in_parts(self.model):
+            super().load_model(checkpoint)
+            return
+        own = self.model.state_dict()
+        state = {
+            name: ranks.part_like(value, own.get(name, value))
+            for name, value in checkpoint["model"].items()
+        }
+        super().load_model({**checkpoint, "model": state})
+
+    def load_best(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Take the weights that the first process has read."""
+        if not ranks.in_parts(self.model):
+            super().load_best(checkpoint)
+            return
+        weights = None if checkpoint is None else {"model": checkpoint["model"]}
+        self.load_model(ranks.broadcast_object(weights))
+
     def finite(self, epoch: int, step: int) -> None:
         """Raise TrainingError if a loss since the last check is not finite, in any process."""
         finite = torch.stack(self._losses).isfinite().tolist() if self._losses else []
@@ -388,18 +450,20 @@ class GradientTrainer(Trainer):
             ranks.broadcast_module(self.average.module, buffers_only=True)
 
     def sound(self, epoch: int, step: int) -> None:
-        """Raise TrainingError if a parameter or buffer is not finite."""
+        """Raise TrainingError if a parameter or buffer is not finite, in any process."""
         named = [
-            (name, value)
+            (name, ranks.own_part(value))
             for name, value in self.model.state_dict().items()
             if value.is_floating_point()
         ]
         if not named:
             return
         finite = torch.stack([value.isfinite().all() for _, value in named]).tolist()
-        if not all(finite):
+        wrong = None if all(finite) else named[finite.index(False)][0]
+        found = [name for name in ranks.gather(wrong) if name is not None]
+        if found:
             raise TrainingError(
-                f"{named[finite.index(False)][0]} is not finite after step {step} of epoch "
+                f"{found[0]} is not finite after step {step} of epoch "
                 f"{epoch}: the weights are ruined, and not saved. {self.advice}"
             )
 
@@ -439,7 +503,7 @@ class GradientTrainer(Trainer):
             state["averaged"] = int(self.average.n_averaged)
             state["weights"] = self.model.state_dict()
         return state | {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": ranks.whole(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else _plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(),
         }
@@ -456,8 +520,9 @@ class GradientTrainer(Trainer):
             [group["params"] for group in groups],
             "optimizer['param_groups']",
         )
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._own_parts(state["optimizer"]))
         for number, group in enumerate(groups):
+            self.optimizer.param_groups[number]["fused"] = group["fused"]  # as it suits this run
             found = self.optimizer.state_dict()["param_groups"][number]
             known = {name: found.get(name) for name in group}  # PyTorch's versions add some
             check_form(known, group, f"optimizer['param_groups'][{number}]")
@@ -479,6 +544,20 @@ class GradientTrainer(Trainer):
             check_form(state["weights"], dict(self.model.state_dict()), "trainer['weights']")
             self.average.n_averaged.fill_(state["averaged"])
             self.model.load_state_dict(state["weights"])
+
+    def _own_parts(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return an optimizer's state with this process's parts of what is in parts."""
+        if not ranks.in_parts(self.model):
+            return state
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = {
+            number: {
+                name: ranks.part_like(v, parameters[number]) if isinstance(v, Tensor) else v
+                for name, v in values.items()
+            }
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": own}
 
 
 def check_optimizer_state(

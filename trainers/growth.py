@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ranks
 from checkpoints import check_form, check_rows, load_checkpoint, save_checkpoint
 from options import option
-from run_folder import RunFolder
+from run_folder import RunFolder, TrainingError
 from trainers.trainer import Trainer, TrainingOptions
 from utils import CsvLog, plot_growth
 
@@ -47,6 +48,9 @@ class GrowthTrainer(Trainer):
     a batch grown, ``num_centers``, and ``prune(inputs, targets)``. When memory is full, the model
     raises MemoryError: what was learnt is then kept, evaluated and saved, and the run ends.
 
+    Under torchrun every process holds all centers and is given all samples; they share the
+    comparison of samples with the centers there are, row by row (`ranks.Crew`), and evaluation.
+
     Args:
         model: The growing model.
         task: What a batch means.
@@ -74,6 +78,10 @@ class GrowthTrainer(Trainer):
         self.balanced_first_batch, self.prune = balanced_first_batch, prune
         self.eval_train = eval_train
         self.full: str | None = None  # why nothing can be added any more
+        if ranks.initialised():
+            for module in model.modules():
+                if hasattr(module, "crew"):
+                    module.crew = ranks.Crew()
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
@@ -122,12 +130,37 @@ class GrowthTrainer(Trainer):
         """Grow by a batch; return per-sample metrics (B,) afterwards."""
         inputs, targets = self.task.prepare(batch, self.device)
         with torch.no_grad():
+            outputs = None
             if self.full is None:
                 try:
-                    return self.task.metrics(self.model.grow(inputs, targets), targets)
+                    outputs = self.model.grow(inputs, targets)
                 except MemoryError as error:
                     self.full = str(error)
-            return self.task.metrics(self.model(inputs), targets)
+                self._agree()
+            return self.task.metrics(self.model(inputs) if outputs is None else outputs, targets)
+
+    def _agree(self) -> None:
+        """Raise TrainingError if memory is full in some processes only: their centers differ."""
+        reasons = ranks.gather(self.full)
+        if None in reasons and any(reasons):
+            full = ", ".join(str(number) for number, why in enumerate(reasons) if why)
+            raise TrainingError(
+                f"memory for centers is full in process {full} of {len(reasons)} and not in the "
+                "others. Start fewer processes, or lower --max_neighbors."
+            )
+
+    def end_batches(self) -> None:
+        """Raise TrainingError if processes have grown differently: their arithmetic differs."""
+        layers = getattr(self.model, "layers", [])
+        found = ranks.gather(
+            [(each.num_centers, each.centers.double().sum().item()) for each in layers]
+        )
+        if any(other != found[0] for other in found):
+            counts = ", ".join(str(sum(count for count, _ in each)) for each in found)
+            raise TrainingError(
+                f"the processes have grown different centers (in all {counts}): their machines do "
+                "not compute alike. Start processes on machines of one kind only."
+            )
 
     @property
     def sated(self) -> bool:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import ranks
+from checkpoints import load_weights
 from options import Options, option
 from run_folder import Measured, Pass, Progress, RunFolder
 
@@ -60,8 +62,8 @@ class Trainer:
         resumes: Whether an interrupted run can be gone on with.
         tests_itself: Whether :meth:`measure` measures on the test set, whatever else there is.
         draws_curves: Whether learning curves are drawn.
-        shares: Whether several processes can share the work.
-        splits: Whether they do so by parts of every training batch (`ranks.Shares`).
+        splits: Whether several processes share the work by parts of every training batch
+            (`ranks.Shares`).
         advice: What to try when numbers are not finite.
         debug_nan: Whether :meth:`finite` is asked after every step.
         rehearses: Whether the model maps a batch to outputs before it has learnt anything.
@@ -75,7 +77,6 @@ class Trainer:
     resumes: ClassVar[bool] = True
     tests_itself: ClassVar[bool] = False
     draws_curves: ClassVar[bool] = True
-    shares: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     advice: ClassVar[str] = "Look for numbers in the data that are not finite."
     rehearses: ClassVar[bool] = False
@@ -253,6 +254,20 @@ class Trainer:
     def unsaved(self) -> str | None:
         """Why there can be no checkpoint, if there can be none."""
         return None
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the state of the model that is saved."""
+        return self.evaluated.state_dict()
+
+    def load_model(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take back what :meth:`model_state` returned; a mismatch is a ValueError."""
+        load_weights(self.evaluated, checkpoint)
+
+    def load_best(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Take, in all processes, the weights that the first one has read."""
+        if checkpoint is not None:
+            self.load_model(checkpoint)
+        ranks.broadcast_module(self.evaluated)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model that a resumed run needs."""
