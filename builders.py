@@ -166,8 +166,9 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT)",
-            choices=tuple(name for table in LAYER_KINDS.values() for name in table),
+            "what takes the place of every convolution (VGG, ResNet, ...) or attention (ViT), or "
+            "combines a node with its neighbors (ViG, DGCNN)",
+            choices=tuple(dict.fromkeys(name for table in LAYER_KINDS.values() for name in table)),
             fixed=True,
         ),
         Option("dataset", "cifar10", "dataset", choices=tuple(DATASETS)),
@@ -332,6 +333,8 @@ def build_model(values: Mapping[str, Any], choice: Choice, sizes: Mapping[str, A
         "num_steps": values["num_epochs"] * -(-sizes.get("num_samples", 0) // values["batch_size"]),
         **sizes,
     }
+    if choice.trainer_type.features is not None:
+        known["features"] = values[choice.trainer_type.features]
     if choice.model_type.uses_layer:
         known["layer"] = build_layer(values, choice)
     wanted = set(inspect.signature(builder).parameters)

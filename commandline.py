@@ -92,7 +92,8 @@ def add_groups(parser: argparse.ArgumentParser, options: Iterable[tuple[str, Opt
 
 def all_layers() -> dict[str, Callable[..., nn.Module]]:
     """Return the layers of every kind of model by name."""
-    return {name: layer for table in LAYER_KINDS.values() for name, layer in table.items()}
+    tables = reversed(LAYER_KINDS.values())  # of one name the first table's row
+    return {name: layer for table in tables for name, layer in table.items()}
 
 
 def explain(topic: str | None) -> str:
@@ -566,7 +567,7 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
                 f"--{trainer.features} {spec} is for classification: --dataset {choice.dataset} "
                 "is learnt as it is."
             )
-        check_features(f"--{trainer.features}", spec)
+        check_features(f"--{trainer.features}", spec, learns=trainer.learns_features)
     rehearse_run(values, choice)
     if idle := sorted(given - choice.read_options()):
         print(f"note: no effect with {choice}: {', '.join(f'--{name}' for name in idle)}.")
@@ -614,7 +615,7 @@ def check_folder(folder: Path, *, reads: bool) -> None:
 
 
 def check_rows(choice: Choice) -> None:
-    """Refuse a model that cannot do the task, or a task that the data set does not serve."""
+    """Refuse a model for another task or kind of samples, or a task that the data do not serve."""
     tasks, served = choice.model_type.tasks, choice.entry.tasks
     if choice.task not in served:
         raise ValueError(
@@ -635,6 +636,28 @@ def check_rows(choice: Choice) -> None:
             f"{choice.dataset}. Datasets for {choice.model}: {', '.join(fits)}. "
             f"Models for {choice.dataset}: {', '.join(able) or 'none'}."
         )
+    kind = choice.entry.inputs
+    if kind not in inputs_of(choice.model):
+        fits = [
+            name
+            for name, row in DATASETS.items()
+            if row.inputs in inputs_of(choice.model) and set(row.tasks) & set(tasks)
+        ]
+        able = [
+            name
+            for name in MODELS
+            if kind in inputs_of(name) and choice.task in model_class(name).tasks
+        ]
+        raise ValueError(
+            f"--model {choice.model} takes {' and '.join(inputs_of(choice.model))}, and --dataset "
+            f"{choice.dataset} has {kind}. Datasets for {choice.model}: {', '.join(fits)}. "
+            f"Models for {choice.dataset}: {', '.join(able) or 'none'}."
+        )
+
+
+def inputs_of(model: str) -> tuple[str, ...]:
+    """Return the kinds of samples that a model classifies."""
+    return getattr(model_class(model), "inputs", ("images",))
 
 
 def takes_layer(model_type: type[torch.nn.Module], layer: str) -> bool:

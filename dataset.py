@@ -45,6 +45,7 @@ __all__ = [
     "build_imagenet",
     "build_loader",
     "build_npz",
+    "check_num_classes",
     "full_dataset",
     "image_side",
     "limit",
@@ -747,7 +748,7 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 
 
 class FeatureArray(Dataset):
-    """Samples in memory as they are: features (N, D) and targets (N, ...)."""
+    """Samples in memory as they are: features (N, ...) and targets (N, ...)."""
 
     def __init__(self, features: Tensor, targets: Tensor) -> None:
         self.features, self.labels = features, targets

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 import ranks
-from checkpoints import CheckpointError, check_form, checkpoint_digest, without_training
+from checkpoints import (
+    CheckpointError,
+    check_form,
+    checkpoint_digest,
+    without_training,
+)
 from evaluation import Averages
 from run_folder import Progress
 from utils import get_random_state, set_random_state
@@ -60,7 +65,7 @@ def check_place(place: Any, epoch: int) -> None:
     sums = place["sums"]
     like["sums"] = dict.fromkeys(sums, torch.zeros((), dtype=torch.float64))
     check_form(place, like, "place")
-    if place["epoch"] != epoch + 1 or place["step"] < 1 or place["count"] < 0:
+    if place["epoch"] != epoch + 1 or place["step"] < 0 or place["count"] < 0:
         raise CheckpointError(
             f"its place, step {place['step']} of epoch {place['epoch']}, does not follow epoch "
             f"{epoch}."

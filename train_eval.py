@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +416,15 @@ def train(
         print(f"Run folder: {folder.path}")
     if progress.history:
         after_epoch(trainer, run, progress, next(iter(run.sets)))
+
+    def keep(line: str) -> None:
+        progress.lines.append(line)
+        folder.write_line(line)
+        first = {"epoch": 1, "step": 0, "done": False, "seconds": 0.0, **Averages().state()}
+        if trainer.unsaved is None:
+            folder.save(state_of(trainer, run, progress, place=first), best=False)
+
+    trainer.begin(partial(build_loader, data.train), keep)
     fit(
         trainer,
         run,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from layers.cnn import channels_last, feature_cnn
 from layers.record import Neighbors, grid_places, note, recording
 from layers.selection import ConcreteNeighbors, HardNeighbors, NeuralNearestNeighbors
-from ops.budget import pieces
+from ops.budget import chunk_bytes, pieces
 from ops.patches.grid import PatchGrid, write_out
 from ops.patches.tiles import (
     TileIndices,
@@ -233,20 +233,21 @@ class N3Aggregation2d(nn.Module):
         nnn, windows = self.aggregation.nnn, Windows(grid, self.window)
         if torch.is_grad_enabled() or nnn.needs_all or recording():
             distances = window_distances(features, windows)  # (B, M, O)
-            weights = nnn(distances, log_temp, windows.barred(0, grid.rows))
+            weights = nnn(distances, log_temp, windows.barred(0, grid.rows, images.device))
             if recording():
-                self._note(windows.candidates(), weights, grid)
+                self._note(windows.candidates(images.device), weights, grid)
             return window_aggregate(weights, images, windows)
         (b, c), n = images.shape[:2], grid.cols
         out = images.new_empty(b, nnn.K * c, grid.height, grid.width)
         columns, rows = windows.columns(features), windows.rows(images)
         row_bytes = 4 * n * (nnn.K + 2) * math.prod(windows.size)
-        for s, blocks in pieces(b, grid.block_rows, WINDOW_BYTES // row_bytes):
+        budget = WINDOW_BYTES if images.device.type == "cpu" else chunk_bytes(images.device)
+        for s, blocks in pieces(b, grid.block_rows, budget // row_bytes):
             first, last = blocks.start, blocks.stop
             begin, end = max(0, first - grid.ratio + 1), min(grid.rows, last)
             distances = windows.distances(columns[s], begin, end)
             here = None if log_temp is None else log_temp[s, begin * n : end * n]
-            weights = nnn(distances, here, windows.barred(begin, end)).contiguous()
+            weights = nnn(distances, here, windows.barred(begin, end, images.device)).contiguous()
             windows.aggregate(weights, rows[s], out[s], (begin, end), (first, last))
         return out
 

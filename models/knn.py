@@ -145,6 +145,7 @@ class KNNClassifier(nn.Module):
     tasks = ("classification",)
     training = "memory"
     uses_layer = False
+    inputs = ("images", "signals")
     min_input_size = 1
 
     def __init__(

@@ -7,4 +7,5 @@ which attach themselves to the operators.
 
 METRICS = ("cosine", "euclidean", "dot")  # in the order of Metric in cpu/vectors.h
 
-import ops.cpu.operators  # noqa: E402, F401
+import ops.cpu.operators  # noqa: E402
+import ops.triton.operators  # noqa: E402, F401

@@ -34,6 +34,7 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "compile_model",
+    "load_optimizer",
 ]
 
 
@@ -258,12 +259,12 @@ class GradientTrainer(Trainer):
         steps_per_epoch: int = 1,
     ) -> None:
         super().__init__(model, task, device=device)
+        self.debug_nan, self.num_classes = debug_nan, num_classes
+        self.mix = build_mix(mixup, cutmix, num_classes, sample_shape)
         self.network: nn.Module = model  # what a batch goes through
         self.totals = ranks.Totals()
         if ranks.initialised():
             self._join(sync_bn, fsdp)
-        self.debug_nan, self.num_classes = debug_nan, num_classes
-        self.mix = build_mix(mixup, cutmix, num_classes, sample_shape)
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
         self.accum_steps = accum_steps
         self._build_optimizer = partial(
@@ -300,7 +301,7 @@ class GradientTrainer(Trainer):
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
-        """Refuse what cannot work: without a compiler, classes, or with several processes."""
+        """Refuse what cannot work: a recipe, several processes, compiling without a compiler."""
         check_recipe(values, task_name)
         processes = world_size()
         if processes > 1 and values["sync_bn"] and values["accum_steps"] > 1:
@@ -311,9 +312,9 @@ class GradientTrainer(Trainer):
             )
         if processes > 1 and values["fsdp"]:
             for other, why in (
-                ("ema", "an average is of whole weights"),
-                ("channels_last", "parts of parameters are held as plain rows"),
                 ("use_compiled", "a compiled network would hold on to gathered parameters"),
+                ("ema", "the average would be of one process's part of the weights"),
+                ("channels_last", "parts of parameters lie in memory as plain rows"),
                 ("use_amp", "loss scaling would see one process's part of the gradients"),
             ):
                 if values[other]:
@@ -514,19 +515,8 @@ class GradientTrainer(Trainer):
         Raises:
             CheckpointError: If an entry is of another form.
         """
-        groups = self.optimizer.state_dict()["param_groups"]
-        check_form(
-            [group["params"] for group in state["optimizer"]["param_groups"]],
-            [group["params"] for group in groups],
-            "optimizer['param_groups']",
-        )
-        self.optimizer.load_state_dict(self._own_parts(state["optimizer"]))
-        for number, group in enumerate(groups):
-            self.optimizer.param_groups[number]["fused"] = group["fused"]  # as it suits this run
-            found = self.optimizer.state_dict()["param_groups"][number]
-            known = {name: found.get(name) for name in group}  # PyTorch's versions add some
-            check_form(known, group, f"optimizer['param_groups'][{number}]")
-        check_optimizer_state(self.optimizer, self._build_optimizer)
+        stored = self._own_parts(state["optimizer"])
+        load_optimizer(self.optimizer, stored, self._build_optimizer)
         if self.scheduler is not None:
             own = self.scheduler.state_dict()
             stored = {**_plain(own), **state["scheduler"]}
@@ -558,6 +548,36 @@ class GradientTrainer(Trainer):
             for number, values in state["state"].items()
         }
         return {**state, "state": own}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    build: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    """Load the state of an optimizer, and refuse one that it could not go on with.
+
+    Args:
+        optimizer: The optimizer, as it was built.
+        state: What its ``state_dict`` returned.
+        build: Builds one like it, see :func:`check_optimizer_state`.
+
+    Raises:
+        CheckpointError: If an entry is of another form.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    check_form(
+        [group["params"] for group in state["param_groups"]],
+        [group["params"] for group in groups],
+        "optimizer['param_groups']",
+    )
+    optimizer.load_state_dict(state)
+    for number, group in enumerate(groups):
+        optimizer.param_groups[number]["fused"] = group["fused"]  # as it suits this run
+        found = optimizer.state_dict()["param_groups"][number]
+        known = {name: found.get(name) for name in group}  # PyTorch's versions add some
+        check_form(known, group, f"optimizer['param_groups'][{number}]")
+    check_optimizer_state(optimizer, build)
 
 
 def check_optimizer_state(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,6 +68,7 @@ class Trainer:
         debug_nan: Whether :meth:`finite` is asked after every step.
         rehearses: Whether the model maps a batch to outputs before it has learnt anything.
         features: Name of the option that says what samples are replaced by, if there is one.
+        learns_features: Whether that may be "learned": the model has a network for it.
     """
 
     name: ClassVar[str]
@@ -82,6 +83,7 @@ class Trainer:
     rehearses: ClassVar[bool] = False
     debug_nan = False
     features: ClassVar[str | None] = None
+    learns_features: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, task: Any, *, device: torch.device) -> None:
         self.model, self.task, self.device = model, task, device
@@ -138,6 +140,14 @@ class Trainer:
     def evaluates_training(self) -> bool:
         """Whether training metrics are measured after an epoch, not while the model learns."""
         return False
+
+    def begin(self, load: Callable[..., Any], keep: Callable[[str], None]) -> None:
+        """Do what comes before the first epoch; a resumed run goes on with it.
+
+        Args:
+            load: Loads the training set by further keywords of `dataset.build_loader`.
+            keep: Writes a line to the results, and saves the state.
+        """
 
     # -- an epoch
 
@@ -256,11 +266,11 @@ class Trainer:
         return None
 
     def model_state(self) -> dict[str, Tensor]:
-        """Return the state of the model that is saved."""
+        """Return the state of the model that is evaluated."""
         return self.evaluated.state_dict()
 
     def load_model(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take back what :meth:`model_state` returned; a mismatch is a ValueError."""
+        """Take back the model's state; a mismatch is a ValueError."""
         load_weights(self.evaluated, checkpoint)
 
     def load_best(self, checkpoint: Mapping[str, Any] | None) -> None:

@@ -138,15 +138,26 @@ def prepare(
     """Bring the tensors of a search into the types it works in, contiguous and on one device."""
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     keys = keys.to(dtype).contiguous()
-    if self_index is not None:
-        self_index = self_index.to(keys.device, torch.int64).contiguous()
-    if candidates is not None:
-        candidates = candidates.to(keys.device, torch.int64).contiguous()
     if queries is not None:
         queries = queries.to(dtype).contiguous()
+    return queries, keys, *prepare_indices(keys.device, K, self_index, exclude_self, candidates)
+
+
+def prepare_indices(
+    device: torch.device,
+    K: int,
+    self_index: Tensor | None,
+    exclude_self: bool,
+    candidates: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Bring self_index and candidates to the device of a search, int64 and contiguous."""
+    if self_index is not None:
+        self_index = self_index.to(device, torch.int64).contiguous()
+    if candidates is not None:
+        candidates = candidates.to(device, torch.int64).contiguous()
     if self_index is not None and candidates is not None:
         _check_candidates(self_index, candidates, K, exclude_self)
-    return queries, keys, self_index, candidates
+    return self_index, candidates
 
 
 def _check_candidates(self_index: Tensor, candidates: Tensor, K: int, exclude_self: bool) -> None:
@@ -202,7 +213,7 @@ def search_torch(
     if candidates is not None:
         names = candidates.expand(b, count)
         k = take_rows(k, names)
-        own = None if own is None else _places(own, names, n)
+        own = None if own is None else places(own, names, n)
     half_square = k.square().sum(-1)[:, None] / -2 if metric == "euclidean" else None
     # Rows of scores are laid out with the length their top-K likes best; what is added is -inf.
     block = block_size(count, K - first + 1)
@@ -243,7 +254,7 @@ def _(queries, keys, K, metric, self_index, exclude_self, candidates, max_bytes)
     return keys.new_empty(shape, dtype=dtype), keys.new_empty(shape, dtype=torch.int64)
 
 
-def _places(own: Tensor, names: Tensor, n: int) -> Tensor:
+def places(own: Tensor, names: Tensor, n: int) -> Tensor:
     """Where each of n keys named by `own` (B, M) stands among the candidates; N' for nowhere."""
     count = names.shape[1]
     places = names.new_full((len(names), n), count)
