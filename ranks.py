@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -455,6 +455,11 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     totals: Totals
 
+    @property
+    def pool_statistics(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+        """How those who take its statistics pool them over processes; None alone."""
+        return self.totals.pool if dist.is_initialized() else None
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"expected at least two dimensions (got {x.dim()})")
@@ -490,7 +495,7 @@ def synchronise_norms(module: nn.Module) -> Totals:
     """
     totals = Totals()
     for parent in list(module.modules()):
-        if hasattr(parent, "pool_statistics"):
+        if hasattr(parent, "pool_statistics") and not isinstance(parent, SyncedBatchNorm):
             parent.pool_statistics = totals.pool
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.modules.batchnorm._BatchNorm):

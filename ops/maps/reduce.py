@@ -68,7 +68,9 @@ def edge_max(
         a: (B, M, C), of the queries.
         b: (B, N, C), of the keys.
         indices: (B, M, K).
-        norm: Batch norm over the edges; its running statistics are brought up to date.
+        norm: Batch norm over the edges; its running statistics are brought up to date. Where it
+            has `pool_statistics`, that turns number, mean and variance of this process's edges
+            into those of all processes.
         present: (B, M) bool, the queries that are there: edges of others count in no statistics,
             and their rows become zeros. None: all.
 
@@ -87,6 +89,10 @@ def edge_max(
         share = None if present is None else present.to(b.dtype)[..., None]
         edges = indices.numel() if share is None else int(present.sum()) * indices.shape[-1]
         mean, variance = _EdgeStatistics.apply(a, b, indices, share, edges)
+        pool = getattr(norm, "pool_statistics", None)
+        if pool is not None and norm.training:
+            number, mean, variance = pool(mean.new_tensor(edges), mean, variance)
+            edges = int(number)
         if norm.training and norm.track_running_stats:
             _track(norm, mean.detach(), variance.detach(), edges)
     else:

@@ -29,6 +29,7 @@ from models.n3net import N3Net
 from models.vgg import VGG
 from models.vit import ViT
 from ops.centers.distances import DistanceKernel
+from ops.maps.reduce import edge_max
 from options import Options
 from ranks import Shares, SyncedBatchNorm, synchronise_norms
 from trainers import GradientTrainer
@@ -134,6 +135,20 @@ def n3net():
     )
 
 
+class EdgeNet(nn.Module):
+    """An edge convolution, whose batch norm sees edges."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(16, 8), nn.Linear(16, 8), nn.BatchNorm1d(8)
+        self.classifier = nn.Linear(8, 2)
+        self.register_buffer("indices", torch.randint(64, (64, 3)))
+
+    def forward(self, x):
+        x, indices = x.view(len(x), 64, 16), self.indices.expand(len(x), -1, -1)
+        return self.classifier(edge_max(self.a(x), self.b(x), indices, self.norm).relu().mean(1))
+
+
 def vgg():
     return VGG(layer=Conv2d_Branching, width=1 / 16, classifier="gap", in_channels=1)
 
@@ -148,6 +163,7 @@ def vit(name):
 # the first flip, whatever rounds differently. In float64 nothing is as alike as that.
 NETS = {
     "n3net": (n3net, torch.float32, False),
+    "edges": (EdgeNet, torch.float32, False),
     "vit": (functools.partial(vit, "Attention"), torch.float32, False),
     "vit_fsdp": (functools.partial(vit, "Attention"), torch.float32, True),
     "vit_neighbors": (functools.partial(vit, "ConvNNAttention"), torch.float64, False),
