@@ -78,6 +78,14 @@ class SystemOptions(Options):
     deterministic: bool = option(
         False, "use only algorithms that give the same numbers every time, or say which cannot"
     )
+    threads: int = option(
+        None,
+        "threads of the CPU to compute on; not given: as many as PyTorch takes",
+        kind=int,
+        least=1,
+        most=1024,
+        resumable=True,
+    )
     num_workers: int = option(
         -1,
         "loading processes; -1: none for data in memory, else up to 4",
@@ -96,6 +104,25 @@ class OutputOptions(Options):
         "./Output/VGG/ConvNN",
         "run folder; not given: ./Output/<family>/<layer>, numbered where a run is already "
         "there (the default shown is that of vgg11 and ConvNN)",
+        resumable=True,
+    )
+    save: str = option(
+        "both",
+        "checkpoints that are kept: the weights of the best epoch (best.pt), all that --resume "
+        "needs (last.pt, several times as large), both, or none",
+        choices=("both", "best", "last", "none"),
+    )
+    tensorboard: bool = option(
+        False,
+        "write metrics, pictures and hyperparameters for TensorBoard too, below the run folder",
+        resumable=True,
+    )
+    wandb: str = option(
+        None,
+        "send metrics, pictures and hyperparameters to this project of Weights & Biases "
+        "(WANDB_MODE=offline keeps them here)",
+        bare="neighbors",
+        metavar="PROJECT",
         resumable=True,
     )
     test_only: bool = option(
@@ -139,8 +166,9 @@ def choosing_options() -> list[Option]:
         Option(
             "layer",
             "ConvNN",
-            "what takes the place of every convolution (VGG, ResNet, DnCNN) or attention (ViT)",
-            choices=tuple(name for table in LAYER_KINDS.values() for name in table),
+            "what takes the place of every convolution (VGG, ResNet, ...) or attention (ViT), or "
+            "combines a node with its neighbors (ViG, DGCNN)",
+            choices=tuple(dict.fromkeys(name for table in LAYER_KINDS.values() for name in table)),
             fixed=True,
         ),
         Option("dataset", "cifar10", "dataset", choices=tuple(DATASETS)),
@@ -305,6 +333,8 @@ def build_model(values: Mapping[str, Any], choice: Choice, sizes: Mapping[str, A
         "num_steps": values["num_epochs"] * -(-sizes.get("num_samples", 0) // values["batch_size"]),
         **sizes,
     }
+    if choice.trainer_type.features is not None:
+        known["features"] = values[choice.trainer_type.features]
     if choice.model_type.uses_layer:
         known["layer"] = build_layer(values, choice)
     wanted = set(inspect.signature(builder).parameters)
@@ -447,7 +477,12 @@ def build_trainer(
 ) -> Trainer:
     """Build how the model learns."""
     trainer = choice.trainer_type
-    known = {**trainer.Options.keywords(values), "num_classes": data.num_outputs}
+    known = {
+        **trainer.Options.keywords(values),
+        "num_classes": data.num_outputs,
+        "sample_shape": data.sample_shape,
+        "steps_per_epoch": -(-len(data.train) // values["batch_size"]),
+    }
     wanted = set(inspect.signature(trainer).parameters)
     options = {name: value for name, value in known.items() if name in wanted}
     built = trainer(model, task, device=device, **options)

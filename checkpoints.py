@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "check_form",
     "check_rows",
+    "checkpoint_digest",
     "content_digest",
     "load_checkpoint",
     "load_pretrained",
@@ -27,6 +28,7 @@ __all__ = [
     "read_weights",
     "save_checkpoint",
     "save_safetensors",
+    "without_training",
 ]
 
 FORMAT = 2  # of checkpoints; 1 had no digest
@@ -134,6 +136,23 @@ class _Watched(io.RawIOBase):
 
     def flush(self) -> None:
         self.file.flush()
+
+
+# What only a resumed run needs of a state; it stands in last.pt alone.
+OF_TRAINING = ("trainer", "random_state", "random_states")
+
+
+def without_training(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state without what the optimizer knows; the same one where that is nothing."""
+    if not state.get("trainer"):
+        return state
+    return {name: value for name, value in state.items() if name not in OF_TRAINING}
+
+
+def checkpoint_digest(state: Mapping[str, Any]) -> str:
+    """Return the digest that :func:`save_checkpoint` gives a state."""
+    content = {k: v for k, v in state.items() if k not in ("format", "digest")}
+    return content_digest({"format": FORMAT, **content})
 
 
 def save_checkpoint(path: str | os.PathLike, checkpoint: Mapping[str, Any]) -> str:

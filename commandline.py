@@ -41,6 +41,7 @@ from ranks import world_size
 from run_folder import RunFolder
 from tasks import DATASETS, TASKS
 from tasks.features import check_features
+from trackers import check_trackers
 from trainers import TRAINERS
 from utils import parse_args_text, read_text_file
 
@@ -91,7 +92,8 @@ def add_groups(parser: argparse.ArgumentParser, options: Iterable[tuple[str, Opt
 
 def all_layers() -> dict[str, Callable[..., nn.Module]]:
     """Return the layers of every kind of model by name."""
-    return {name: layer for table in LAYER_KINDS.values() for name, layer in table.items()}
+    tables = reversed(LAYER_KINDS.values())  # of one name the first table's row
+    return {name: layer for table in tables for name, layer in table.items()}
 
 
 def explain(topic: str | None) -> str:
@@ -312,15 +314,25 @@ def find_newest(values: dict[str, Any]) -> None:
         values["checkpoint"] = str(found)
 
 
-def newest_whole(folder: Path, say: Callable[[str], Any] | None = None) -> Path | None:
-    """Return the newest checkpoint of a folder that can be read; None if there is none."""
+def newest_whole(
+    folder: Path, say: Callable[[str], Any] | None = None, *, resumes: bool = True
+) -> Path | None:
+    """Return the newest checkpoint of a folder that can be read; None if there is none.
+
+    Args:
+        folder: The folder.
+        say: Told why a file is passed over.
+        resumes: Look for one that a run can be gone on with from.
+    """
     for name in (RunFolder.LAST, RunFolder.PREVIOUS, RunFolder.BEST):
         path = folder / name
         if not os.path.exists(path):
             continue
         try:
-            load_checkpoint(path)
-            return path
+            if "trainer" in load_checkpoint(path) or not resumes:
+                return path
+            if say is not None:
+                say(f"note: {path} holds weights alone, and nothing to go on with.")
         except CheckpointError as error:
             if say is not None:
                 say(f"note: {error}")
@@ -396,13 +408,40 @@ def stored_choice(stored: Mapping[str, Any], values: Mapping[str, Any]) -> Choic
     return choice if fits and choice.task in TASKS else None
 
 
+def weights_alone(path: Path) -> str:
+    """Say why a run cannot go on from a file, and what can be done with it."""
+    return (
+        f"--resume goes on from last.pt, and {path} holds weights without the state of the "
+        f"optimizer (--save says what is kept). --pretrained {shlex.quote(str(path))} begins a new "
+        "run with these weights."
+    )
+
+
+def saved_file(parser: argparse.ArgumentParser, values: Mapping[str, Any], flag: str) -> str:
+    """Return the file of a run folder that a flag reads."""
+    folder = Path(values["output_dir"])
+    last, best = folder / RunFolder.LAST, folder / RunFolder.BEST
+    if flag == "--resume":
+        if best.exists() and not last.exists():
+            parser.error(weights_alone(best))
+        return str(last)
+    if last.exists() and not best.exists():
+        try:
+            stored = load_checkpoint(last)["args"]
+        except CheckpointError as error:
+            parser.error(f"{flag}: {error}")
+        if stored.get("save") == "last":
+            print(f"{folder} was trained with --save last: the last epoch is tested.")
+            return str(last)
+    return str(best)
+
+
 def read_checkpoint(
     parser: argparse.ArgumentParser, values: dict[str, Any], given: set[str]
 ) -> dict[str, Any]:
     """Load the checkpoint of --resume or --test_only and take its arguments over."""
-    name = RunFolder.LAST if values["resume"] else RunFolder.BEST
-    path = values["checkpoint"] or str(Path(values["output_dir"], name))
     flag = "--resume" if values["resume"] else "--test_only"
+    path = values["checkpoint"] or saved_file(parser, values, flag)
     known = {name: each for name, (_, each) in all_options().items()}
     try:
         if not Path(path).exists():
@@ -413,11 +452,16 @@ def read_checkpoint(
         checkpoint = load_checkpoint(path)
         kept = {name: each for name, each in known.items() if not each.of_run}
         check_stored(without_rows(kept), checkpoint["args"], path)
+        if values["resume"] and "trainer" not in checkpoint:
+            parser.error(weights_alone(Path(path)))
     except OSError as error:
         parser.error(f"{flag}: {path} cannot be read: {error.strerror}.")
     except ValueError as error:
-        whole = newest_whole(Path(path).absolute().parent)
+        folder = Path(path).absolute().parent
+        whole = newest_whole(folder, resumes=bool(values["resume"]))
         hint = ""
+        if values["resume"] and whole is None and newest_whole(folder, resumes=False) is not None:
+            parser.error(f"{flag}: {error} {weights_alone(folder / RunFolder.BEST)}")
         if whole is not None and whole.absolute() != Path(path).absolute():
             folder = shlex.quote(str(values["output_dir"]))
             hint = (
@@ -500,20 +544,22 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
     """
     check_rows(choice)
     check_values(values, choice)
+    check_trackers(values)
     for owner in choice.owners:
         owner.check(values)
     trainer = choice.trainer_type
     trainer.check(values, choice.task)
+    if values["save_every"] and values["save"] in ("best", "none"):
+        raise ValueError(
+            f"--save_every {values['save_every']} saves last.pt, and --save {values['save']} keeps "
+            "none. Leave one of them out."
+        )
     if values["resume"] == "last" and not trainer.resumes:
         raise ValueError(
             f"--resume: --model {choice.model} stores the training set in one go, there is nothing "
             "to go on with. --test_only evaluates the run; --overwrite does it anew."
         )
-    if world_size() > 1 and not trainer.shares:
-        raise ValueError(
-            f"torchrun started {world_size()} processes, and --model {choice.model} learns in one: "
-            "each of them would do the whole run. Start it by python main.py."
-        )
+    check_fsdp(given, choice)
     if trainer.features is not None:
         spec = values[trainer.features]
         if spec != "raw" and not choice.task_type.features:
@@ -521,11 +567,27 @@ def check_arguments(values: Mapping[str, Any], given: set[str], choice: Choice) 
                 f"--{trainer.features} {spec} is for classification: --dataset {choice.dataset} "
                 "is learnt as it is."
             )
-        check_features(f"--{trainer.features}", spec)
+        check_features(f"--{trainer.features}", spec, learns=trainer.learns_features)
     rehearse_run(values, choice)
     if idle := sorted(given - choice.read_options()):
         print(f"note: no effect with {choice}: {', '.join(f'--{name}' for name in idle)}.")
     check_folder(Path(values["output_dir"]), reads=values["test_only"])
+
+
+def check_fsdp(given: set[str], choice: Choice) -> None:
+    """Refuse parameters in parts where there is nothing to share out."""
+    if "fsdp" not in given:
+        return
+    if choice.trainer_type.name != "gradient":
+        raise ValueError(
+            f"--fsdp shares out the parameters of a network that learns by gradient, and --model "
+            f"{choice.model} has none. Leave it out."
+        )
+    if world_size() == 1:
+        raise ValueError(
+            "--fsdp shares out the parameters over several processes, and there is one. Start "
+            "them by torchrun --nproc_per_node N main.py, or leave it out."
+        )
 
 
 def check_folder(folder: Path, *, reads: bool) -> None:
@@ -553,7 +615,7 @@ def check_folder(folder: Path, *, reads: bool) -> None:
 
 
 def check_rows(choice: Choice) -> None:
-    """Refuse a model that cannot do the task, or a task that the data set does not serve."""
+    """Refuse a model for another task or kind of samples, or a task that the data do not serve."""
     tasks, served = choice.model_type.tasks, choice.entry.tasks
     if choice.task not in served:
         raise ValueError(
@@ -574,6 +636,28 @@ def check_rows(choice: Choice) -> None:
             f"{choice.dataset}. Datasets for {choice.model}: {', '.join(fits)}. "
             f"Models for {choice.dataset}: {', '.join(able) or 'none'}."
         )
+    kind = choice.entry.inputs
+    if kind not in inputs_of(choice.model):
+        fits = [
+            name
+            for name, row in DATASETS.items()
+            if row.inputs in inputs_of(choice.model) and set(row.tasks) & set(tasks)
+        ]
+        able = [
+            name
+            for name in MODELS
+            if kind in inputs_of(name) and choice.task in model_class(name).tasks
+        ]
+        raise ValueError(
+            f"--model {choice.model} takes {' and '.join(inputs_of(choice.model))}, and --dataset "
+            f"{choice.dataset} has {kind}. Datasets for {choice.model}: {', '.join(fits)}. "
+            f"Models for {choice.dataset}: {', '.join(able) or 'none'}."
+        )
+
+
+def inputs_of(model: str) -> tuple[str, ...]:
+    """Return the kinds of samples that a model classifies."""
+    return getattr(model_class(model), "inputs", ("images",))
 
 
 def takes_layer(model_type: type[torch.nn.Module], layer: str) -> bool:

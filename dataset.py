@@ -45,6 +45,7 @@ __all__ = [
     "build_imagenet",
     "build_loader",
     "build_npz",
+    "check_num_classes",
     "full_dataset",
     "image_side",
     "limit",
@@ -122,6 +123,20 @@ class ImageOptions(Options):
         "random crops, and flips where a mirrored image is still of its class",
         trainers=("gradient", "growth"),
     )
+    auto_augment: str = option(
+        None,
+        "change colors and shape of training images at random: by one operation each "
+        "(TrivialAugment) or two of one strength (RandAugment)",
+        choices=("trivial", "rand"),
+        trainers=("gradient", "growth"),
+    )
+    random_erasing: float = option(
+        0.0,
+        "probability that a rectangle of a training image is blanked",
+        least=0,
+        most=1,
+        trainers=("gradient", "growth"),
+    )
     noise: float = option(
         0.0,
         "standard deviation of Gaussian noise on images in [0, 1], in training and testing",
@@ -137,7 +152,7 @@ class ImageOptions(Options):
 class ImageArray(Dataset):
     """Labelled images in memory, transformed a batch at a time.
 
-    Order of the steps: crop and flip, resize, add noise, normalise.
+    Order of the steps: crop and flip, auto-augment, resize, add noise, normalise, erase.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -145,6 +160,9 @@ class ImageArray(Dataset):
         side: Resize to side × side (bilinear, antialiased); None keeps the size.
         crop: Pad by an eighth of the side and crop back at a random place.
         flip: Flip left to right with probability 1/2.
+        auto_augment: See :func:`augmentation`.
+        erasing: Probability that a rectangle of an image becomes 0 (Z. Zhong et al., "Random
+            Erasing Data Augmentation", https://arxiv.org/abs/1708.04896).
         noise: Standard deviation of Gaussian noise added to pixels in [0, 1].
         noise_seed: Draw the noise of sample i from seed ``noise_seed + i`` (repeatable, for
             evaluation); None draws afresh.
@@ -160,6 +178,8 @@ class ImageArray(Dataset):
         side: int | None = None,
         crop: bool = False,
         flip: bool = False,
+        auto_augment: str | None = None,
+        erasing: float = 0.0,
         noise: float = 0.0,
         noise_seed: int | None = None,
         mean: Sequence[float] | None = None,
@@ -167,6 +187,8 @@ class ImageArray(Dataset):
     ) -> None:
         self.images, self.labels = images, labels
         self.side, self.crop, self.flip = side, crop, flip
+        self.auto_augment, self.erasing = auto_augment, erasing
+        self._augment, self._erase = augmentation(auto_augment), eraser(erasing)
         self.noise, self.noise_seed = noise, noise_seed
         self.mean = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
         self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
@@ -181,18 +203,23 @@ class ImageArray(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return a whole batch: images (B, C, H, W) float32 and labels (B,)."""
         indices = torch.as_tensor(indices)
-        images = self.images[indices].float().div_(255)
+        images = self.images[indices]
         if self.crop:
             images = random_crop(images, padding=max(1, images.shape[-1] // 8))
         if self.flip:
             flipped = torch.rand(len(images)) < 0.5
             images[flipped] = images[flipped].flip(-1)
+        if self._augment is not None:
+            images = torch.stack([self._augment(image) for image in images])
+        images = images.float().div_(255)
         if self.side is not None and images.shape[-2:] != (self.side, self.side):
             images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
         if self.noise > 0:
             images += self.noise * self._draw_noise(images, indices)
         if self.mean is not None:
             images.sub_(self.mean).div_(self.std)
+        if self._erase is not None:
+            images = torch.stack([self._erase(image) for image in images])
         return images, self.labels[indices]
 
     def _draw_noise(self, images: Tensor, indices: Tensor) -> Tensor:
@@ -212,12 +239,42 @@ class ImageArray(Dataset):
             "side": self.side,
             "crop": self.crop,
             "flip": self.flip,
+            "auto_augment": self.auto_augment,
+            "erasing": self.erasing,
             "noise": self.noise,
             "noise_seed": self.noise_seed,
             "mean": None if self.mean is None else self.mean.flatten().tolist(),
             "std": None if self.std is None else self.std.flatten().tolist(),
         }
         return ImageArray(images, labels, **(options | changes))
+
+
+NOT_AUGMENTED = {"crop": False, "flip": False, "auto_augment": None, "erasing": 0.0}
+
+
+def augmentation(name: str | None) -> Callable[[Any], Any] | None:
+    """Return what changes colors and shape of an image (C, H, W) uint8, or of a PIL image.
+
+    It draws from PyTorch's global generator.
+
+    Args:
+        name: "trivial" (S. Müller, F. Hutter, "TrivialAugment", https://arxiv.org/abs/2103.10158),
+            "rand" (E. Cubuk et al., "RandAugment", https://arxiv.org/abs/1909.13719) or None.
+    """
+    if name is None:
+        return None
+    from torchvision.transforms import v2
+
+    return {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}[name]()
+
+
+def eraser(probability: float) -> Callable[[Tensor], Tensor] | None:
+    """Return what blanks a rectangle of an image (C, H, W) with a probability; None for 0."""
+    if probability == 0:
+        return None
+    from torchvision.transforms import v2
+
+    return v2.RandomErasing(probability)
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
@@ -268,6 +325,8 @@ def build_array_data(
     noise: float,
     normalize: bool,
     seed: int,
+    auto_augment: str | None = None,
+    random_erasing: float = 0.0,
 ) -> Data:
     """Wrap in-memory images as classification data.
 
@@ -283,6 +342,8 @@ def build_array_data(
         noise: Standard deviation of Gaussian noise on pixels in [0, 1], in training and testing.
         normalize: Subtract the training set's mean and divide by its standard deviation.
         seed: Seed of the test noise.
+        auto_augment: See :func:`augmentation`.
+        random_erasing: Probability that a rectangle of a training image is blanked.
     """
     _, c, h, w = train[0].shape
     notes = []
@@ -297,7 +358,14 @@ def build_array_data(
     return Data(
         name=name,
         task="classification",
-        train=ImageArray(*train, crop=augment, flip=augment and flip, **common),
+        train=ImageArray(
+            *train,
+            crop=augment,
+            flip=augment and flip,
+            auto_augment=auto_augment,
+            erasing=random_erasing,
+            **common,
+        ),
         test=ImageArray(*test, noise_seed=seed, **common),
         sample_shape=(c, h, w) if side is None else (c, side, side),
         num_outputs=len(class_names),
@@ -562,7 +630,14 @@ def _resized(side: int) -> int:
 
 
 def _folder_transforms(
-    side: int, *, augment: bool, noise: float, normalize: bool, seed: int
+    side: int,
+    *,
+    augment: bool,
+    noise: float,
+    normalize: bool,
+    seed: int,
+    auto_augment: str | None,
+    random_erasing: float,
 ) -> tuple[Callable, Callable]:
     from torchvision.transforms import v2
 
@@ -575,9 +650,11 @@ def _folder_transforms(
         return [*steps, v2.ToPureTensor()]
 
     center = [v2.Resize(_resized(side)), v2.CenterCrop(side)]
-    random = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
+    random = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()] if augment else center
+    changes = [augmentation(auto_augment)] if auto_augment else []
+    erasing = [eraser(random_erasing)] if random_erasing else []
     return (
-        v2.Compose((random if augment else center) + finish(None)),
+        v2.Compose([*random, *changes, *finish(None), *erasing]),
         v2.Compose(center + finish(seed)),
     )
 
@@ -588,14 +665,14 @@ def _build_folders(
     *,
     resize: int | None,
     min_side: int,
-    augment: bool,
-    noise: float,
-    normalize: bool,
-    seed: int,
+    auto_augment: str | None = None,
+    random_erasing: float = 0.0,
+    **options: Any,
 ) -> Data:
     side = resize or max(224, min_side)
-    options = {"augment": augment, "noise": noise, "normalize": normalize, "seed": seed}
-    train_transform, test_transform = _folder_transforms(side, **options)
+    train_transform, test_transform = _folder_transforms(
+        side, auto_augment=auto_augment, random_erasing=random_erasing, **options
+    )
     load = partial(_load_image, side=_resized(side))
     train, test = make("train", train_transform, load), make("test", test_transform, load)
     if train.classes != test.classes:
@@ -671,7 +748,7 @@ def build_imagenet(*, data_path: str, **options: Any) -> Data:
 
 
 class FeatureArray(Dataset):
-    """Samples in memory as they are: features (N, D) and targets (N, ...)."""
+    """Samples in memory as they are: features (N, ...) and targets (N, ...)."""
 
     def __init__(self, features: Tensor, targets: Tensor) -> None:
         self.features, self.labels = features, targets
@@ -728,7 +805,7 @@ def split_train(data: Data, fraction: float, seed: int) -> Data:
             data,
             train=array.replaced(array.images[train], array.labels[train]),
             val=array.replaced(
-                array.images[val], array.labels[val], crop=False, flip=False, noise_seed=seed
+                array.images[val], array.labels[val], noise_seed=seed, **NOT_AUGMENTED
             ),
         )
     plain = data.extra.get("evaluation_train", data.train)  # the same files, not augmented
@@ -801,9 +878,10 @@ class _Loader(DataLoader):
             raise DataError(message.strip()) from error
 
 
-def _collate(batch: Any) -> Any:
-    """Pass on what came as a batch already; stack single samples."""
-    return batch if isinstance(batch, tuple) else default_collate(batch)
+def _collate(batch: Any, mix: Callable[[Any, Any], Any] | None = None) -> Any:
+    """Pass on what came as a batch already, stack single samples; mix the samples if asked to."""
+    batch = batch if isinstance(batch, tuple) else default_collate(batch)
+    return batch if mix is None else mix(*batch)
 
 
 def loading_processes(dataset: Dataset, wanted: int) -> int:
@@ -822,6 +900,7 @@ def build_loader(
     num_workers: int = -1,
     pin_memory: bool = False,
     balanced: int = 0,
+    mix: Callable[[Any, Any], Any] | None = None,
 ) -> DataLoader:
     """Build a loader.
 
@@ -833,6 +912,8 @@ def build_loader(
         num_workers: Loading processes; -1 means none for data in memory and up to 4 otherwise.
         pin_memory: Page-locked memory, for copies to a GPU.
         balanced: With shuffle: that many samples at the start hold all classes equally often.
+        mix: Makes a batch (samples, targets) of another one, where it is loaded: its random numbers
+            are those of loading, and a batch is mixed whole before processes share it.
     """
     batch_size = min(batch_size, getattr(full_dataset(dataset), "max_batch_size", batch_size))
     num_workers = loading_processes(dataset, num_workers)
@@ -844,7 +925,7 @@ def build_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=_collate if mix is None else partial(_collate, mix=mix),
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),
     )

@@ -1,5 +1,6 @@
 """Evaluation: averages over samples, on one process or several."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,21 +67,34 @@ class Averages:
         self.count += state["count"]
 
 
+SHOWN_EVERY = 0.5  # seconds; a look at the loss waits for the GPU
+
+
 def watched(
     loader: DataLoader,
     text: str,
     limit: int | None,
-    show: Callable[[], dict[str, float]] | None = None,
+    show: Callable[[int, int], Mapping[str, Any]] | None = None,
 ) -> Iterator[Any]:
-    """Iterate with a bar where a person is watching, and with none in a log file."""
+    """Iterate with a bar where a person is watching, and with none in a log file.
+
+    Args:
+        loader: Batches.
+        text: Title of the bar.
+        limit: Stop after so many batches.
+        show: Told how many batches are done, and of how many; returns what is to stand behind the
+            bar.
+    """
     total = len(loader) if limit is None else min(limit, len(loader))
     bar = tqdm(loader, desc=text, total=total, leave=False, disable=None, dynamic_ncols=True)
+    due = 0.0
     for index, batch in enumerate(bar):
         if index == total:
             break
         yield batch
-        if show is not None and not bar.disable:
-            bar.set_postfix(show())
+        if show is not None and not bar.disable and time.monotonic() >= due:
+            bar.set_postfix(show(index + 1, total))
+            due = time.monotonic() + SHOWN_EVERY
     bar.close()
 
 
@@ -112,8 +126,10 @@ def evaluate(
     """
     model.eval()
     averages, parts = Averages(), []
-    # Several processes share the batches; what observes them has to see all of them.
+    # Several processes share the batches; what observes them has to see all of them, and a model
+    # in parts runs in all processes at once.
     shared = ranks.initialised() and observe is None and max_batches is None
+    shared = shared and not ranks.in_parts(model)
     for batch in watched(ranks.every_nth_batch(loader) if shared else loader, text, max_batches):
         if not shared:
             faults.check()

@@ -25,12 +25,13 @@ import argparse
 import contextlib
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from builders import (
@@ -65,11 +66,21 @@ from ops.cpu import build as native
 from options import (
     flagged,
 )
-from ranks import distributed, gather, in_agreement, initialised, leave_together, world_size
+from ranks import (
+    distributed,
+    gather,
+    in_agreement,
+    initialised,
+    leave_together,
+    left_alone,
+    world_size,
+)
 from run_folder import RunFolder, TrainingError
 from tasks import Task
 from tasks.inspection import inspect_data
+from trackers import WRITERS, TrackerError, tracked
 from train_eval import Evaluation, Run, dry_run, test, train
+from trainers import Trainer
 from utils import WriteError, count_parameters, format_args, seed_everything, write_text
 
 __all__ = ["build_parser", "main"]
@@ -125,13 +136,16 @@ def run_command(
             parser.error(flagged(error, all_options()))
     seed_everything(values["seed"])
     keeps = not (values["dry_run"] or values["test_only"] or values["check_data"])
-    folder = RunFolder(values["output_dir"], writes=leader)
+    folder = RunFolder(values["output_dir"], writes=leader, saves=values["save"])
     if values["test_only"] and not values.get("input") and leader:
         with contextlib.suppress(WriteError):
             folder.file(folder.TEST)
         folder.writes = folder.writable()
     command = shlex.join(["python", "main.py", *words])
     with contextlib.ExitStack() as stack:
+        if values["threads"] is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(values["threads"])
         if keeps:
             with in_agreement():
                 hold(parser, values, checkpoint, folder, stack)
@@ -139,7 +153,7 @@ def run_command(
             results = run_choice(parser, values, choice, checkpoint, folder, command)
             gather(None)  # every process returns when the first one has written everything
             return results
-        except (TrainingError, DataError, WriteError) as error:
+        except (TrainingError, DataError, TrackerError, WriteError) as error:
             batch = getattr(error, "batch", None)
             if batch is not None and leader:
                 path = folder.file("nan_batch.pt")
@@ -162,7 +176,7 @@ def run_command(
         except RuntimeError as error:
             if "can't allocate memory" in str(error):
                 text = out_of_memory(values)
-            elif initialised():
+            elif initialised() and left_alone(error):
                 reason = str(error).splitlines()[0]
                 text = (
                     f"process {os.environ.get('RANK')} of {world_size()} cannot go on without the "
@@ -319,7 +333,9 @@ def run_choice(
             parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
-    trainer_type.prepare(model, values)
+    judged = model if trainer is None else trainer.evaluated
+    for network in dict.fromkeys((model, judged)):
+        trainer_type.prepare(network, values)
 
     loader = partial(
         build_loader,
@@ -329,7 +345,7 @@ def run_choice(
         pin_memory=device.type == "cuda",
     )
     amp = trainer_type.Options.keywords(values).get("use_amp", False)
-    evaluation = Evaluation(model, task, device, loader, amp=amp, with_loss=trainer_type.has_loss)
+    evaluation = Evaluation(judged, task, device, loader, amp=amp, with_loss=trainer_type.has_loss)
     arguments, same = settled_arguments(values, checkpoint, folder)
     run = Run(
         folder,
@@ -352,19 +368,52 @@ def run_choice(
     facts |= {"neighbor_kernels": native.status().splitlines()[0], "data": fingerprint(data)}
     if folder.writes and (note := record_start(folder, facts, goes_on=checkpoint is not None)):
         print(note)
-    results = train(
-        trainer,
-        run,
-        loader,
-        checkpoint,
-        batch_size=values["batch_size"],
-        num_epochs=values["num_epochs"],
-        seed=values["seed"],
-        source=values["checkpoint"] or str(folder.path / folder.LAST),
-        save_every=values["save_every"],
-    )
+    settings = {name: value for name, value in values.items() if name in choice.read_options()}
+    results = learn(trainer, run, loader, checkpoint, values, settings)
     print_closing(folder)
     return results
+
+
+def learn(
+    trainer: Trainer,
+    run: Run,
+    loader: Callable[..., DataLoader],
+    checkpoint: Mapping[str, Any] | None,
+    values: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train, and tell the trackers that are asked for; see `train_eval.train`.
+
+    Args:
+        trainer: How the model learns.
+        run: What it works with.
+        loader: Makes a loader.
+        checkpoint: Where to go on from, if anywhere.
+        values: The arguments.
+        settings: Those that this run reads.
+    """
+    folder = run.folder
+    wanted = {flag: values[flag] if folder.writes else None for flag in WRITERS}
+    with tracked(folder.path, wanted, settings, goes_on=checkpoint is not None) as trackers:
+        folder.trackers = trackers
+        results = train(
+            trainer,
+            run,
+            loader,
+            checkpoint,
+            batch_size=values["batch_size"],
+            num_epochs=values["num_epochs"],
+            seed=values["seed"],
+            source=values["checkpoint"] or str(folder.path / folder.LAST),
+            save_every=values["save_every"],
+        )
+        trackers.conclude(results)
+    return results
+
+
+def size_text(count: int) -> str:
+    """Word a number of bytes."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def print_closing(folder: RunFolder) -> None:
@@ -372,11 +421,15 @@ def print_closing(folder: RunFolder) -> None:
     if not folder.writes:
         return
     where = shlex.quote(str(folder.path))
-    print(
-        f"All of it is in {folder.path}.\n"
-        f"Test it:    python main.py --test_only --output_dir {where}\n"
-        f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS"
-    )
+    sizes = folder.sizes()
+    size = size_text(sizes.pop(""))
+    if len(sizes) > 1:
+        parts = [f"{name} {size_text(count)}" for name, count in sizes.items()]
+        size += f"; {', '.join(parts)}, --save keeps fewer"
+    print(f"All of it is in {folder.path} ({size}).")
+    if folder.saves != "none":
+        print(f"Test it:    python main.py --test_only --output_dir {where}")
+    print(f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS")
 
 
 def print_opening(
@@ -480,6 +533,8 @@ def resume_hint(folder: RunFolder, keeps: bool) -> str:
     """Say what is saved and how to go on."""
     if not keeps:
         return ""
+    if not folder.keeps_last:
+        return f" There is nothing to go on with from: --save {folder.saves} keeps no last.pt."
     if not (folder.path / folder.LAST).exists():
         return " Nothing was saved yet."
     return (

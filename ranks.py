@@ -10,18 +10,20 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 __all__ = [
-    "RankError",
+    "Crew",
     "Shares",
     "SyncedBatchNorm",
+    "Totals",
     "agree",
     "broadcast_module",
     "broadcast_object",
@@ -29,16 +31,20 @@ __all__ = [
     "every_nth_batch",
     "gather",
     "in_agreement",
+    "in_parts",
     "initialised",
+    "is_part",
+    "leave_together",
+    "left_alone",
+    "own_part",
+    "part_like",
     "rank",
+    "shard_parameters",
     "share_batches",
     "synchronise_norms",
+    "whole",
     "world_size",
 ]
-
-
-class RankError(RuntimeError):
-    """Another process of the run has ended."""
 
 
 def world_size() -> int:
@@ -84,6 +90,12 @@ def distributed(device: str) -> Iterator[bool]:
     finally:
         if joins and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def left_alone(error: RuntimeError) -> bool:
+    """Say whether an error means that another process has ended, or does not answer."""
+    signs = ("gloo", "NCCL", "Connection", "peer", "Timed out", "timed out")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def leave_together() -> None:
@@ -261,6 +273,86 @@ def every_nth_batch(loader: DataLoader) -> DataLoader:
 
 
 # ---------------------------------------------------------------------------------------------
+# Rows
+
+
+class Crew:
+    """Chunks of rows, each worked on by one process and known to all of them afterwards."""
+
+    def mine(self, chunks: list[slice]) -> list[slice]:
+        """Return the chunks that are this process's: every Nth."""
+        return chunks[rank() :: world_size()]
+
+    def complete(self, rows: Tensor, chunks: list[slice]) -> None:
+        """Fill in, in place, the rows that other processes have worked on."""
+        for number, chunk in enumerate(chunks):
+            part = rows[chunk].contiguous()
+            dist.broadcast(part, src=number % world_size())
+            rows[chunk] = part
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters in parts
+
+_SMALLEST_PART = 1024  # parameters of a module that is gathered by itself
+
+
+def shard_parameters(model: nn.Module) -> None:
+    """Let every process hold a part of each parameter, of its gradient and optimizer states.
+
+    A block of layers is gathered while it runs. This is PyTorch's `fully_shard`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # a second to import
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    blocks = [
+        child
+        for parent in model.modules()
+        if isinstance(parent, nn.ModuleList | nn.Sequential)
+        for child in parent
+        if not isinstance(child, nn.ModuleList | nn.ModuleDict)
+        and sum(p.numel() for p in child.parameters()) >= _SMALLEST_PART
+    ]
+    for block in reversed(list(dict.fromkeys(blocks))):  # inner ones first
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Say whether processes hold parts of the parameters: all of them must run it together."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def is_part(value: Tensor) -> bool:
+    """Say whether processes hold parts of a tensor."""
+    return hasattr(value, "to_local")
+
+
+def own_part(value: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    return value.to_local() if is_part(value) else value
+
+
+def whole(state: Any) -> Any:
+    """Return a state (tensors in dictionaries and lists) with whole tensors; all must ask."""
+    if isinstance(state, Tensor) and is_part(state):
+        return state.full_tensor().cpu()
+    if isinstance(state, Mapping):
+        return {name: whole(value) for name, value in state.items()}
+    return [whole(value) for value in state] if isinstance(state, list) else state
+
+
+def part_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor if `like` is in parts, else the tensor."""
+    if not is_part(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+# ---------------------------------------------------------------------------------------------
 # Batch normalisation over all processes
 
 
@@ -280,15 +372,8 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient
 
 
-_sum_over_ranks = _SumOverRanks.apply
-
-
-class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation by the statistics of all processes' samples, on any device.
-
-    PyTorch's SyncBatchNorm runs on CUDA alone. Mean and variance are taken one after the other, by
-    two sums over the processes, whose gradients flow back the same way. Names and values in the
-    state dict are those of the batch normalisation that it replaces.
+class Totals:
+    """Sums over the samples of all processes that count.
 
     Attributes:
         weighs: Whether this process's samples count; a process without a part of a batch runs a
@@ -296,6 +381,79 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     weighs: bool = True
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over the processes, with gradients."""
+        return _SumOverRanks.apply(x if self.weighs else x * 0.0)
+
+    def pool(self, number: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pool number, mean and (biased) variance of the processes' values; any shapes, with grads.
+
+        Reference: T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for
+        computing sample variances", 1979.
+        """
+        kind, wide = mean.dtype, torch.float64
+        number, mean, variance = number.to(wide), mean.to(wide), variance.to(wide)
+        total = self.sum(number.detach())
+        middle = self.sum(number * mean) / total
+        spread = self.sum(number * (variance + (mean - middle).square())) / total
+        return total.to(kind), middle.to(kind), spread.to(kind)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / deviation · weight + bias by channel; returns mean, variance and number too.
+
+    Sums are taken in float64, as PyTorch's kernel for one process does: they come out the same
+    wherever the samples lie.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, totals: Totals):
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        local = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
+        sums = totals.sum(torch.cat((x.double().sum(dims), local)))
+        number = sums[-1]
+        mean = sums[:-1] / number
+        centered = x - mean.to(x.dtype).view(shape)
+        variance = totals.sum(centered.double().square().sum(dims)) / number
+        inverse = (1 / (variance + eps).sqrt()).to(x.dtype)
+        gain = inverse * weight
+        shift = bias - mean.to(x.dtype) * gain
+        ctx.save_for_backward(x, weight, mean, inverse, number)
+        ctx.totals, ctx.dims, ctx.shape = totals, dims, shape
+        ctx.mark_non_differentiable(mean, variance, number)
+        return torch.addcmul(shift.view(shape), x, gain.view(shape)), mean, variance, number
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: Tensor):
+        x, weight, mean, inverse, number = ctx.saved_tensors
+        dims, shape, totals = ctx.dims, ctx.shape, ctx.totals
+        centered = x - mean.to(x.dtype).view(shape)
+        local = torch.stack((grad.double().sum(dims), (grad * centered).double().sum(dims)))
+        of_bias, of_centered = totals.sum(local)
+        of_gain = local[1] * inverse
+        slope = (of_centered * inverse.double().square() / number).to(x.dtype)
+        level = (of_bias / number).to(x.dtype)
+        of_x = (grad - level.view(shape)).sub_(centered.mul_(slope.view(shape)))
+        of_x.mul_((inverse * weight).view(shape))
+        if not totals.weighs:
+            of_x.zero_()  # what does not count changes nothing
+        return of_x, of_gain.to(weight.dtype), local[0].to(weight.dtype), None, None
+
+
+class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation by the statistics of all processes' samples, on any device.
+
+    PyTorch's SyncBatchNorm runs on CUDA alone. Names and values in the state dict are those of the
+    batch normalisation that it replaces.
+
+    Attributes:
+        totals: What it sums with; shared by all norms of a network.
+    """
+
+    totals: Totals
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -306,50 +464,46 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if not self.training or not dist.is_initialized():
             return super().forward(x)
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        weight = 1.0 if self.weighs else 0.0
-        wide = x.float()
-        local = wide.new_full((1,), weight * x.numel() / x.shape[1])
-        total = _sum_over_ranks(torch.cat((wide.sum(dims) * weight, local)))
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        centered = wide - mean.view(shape)
-        variance = _sum_over_ranks(centered.square().sum(dims) * weight) / count
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight = wide.new_ones(x.shape[1]) if self.weight is None else self.weight
+        bias = wide.new_zeros(x.shape[1]) if self.bias is None else self.bias
+        y, mean, variance, number = _Normalise.apply(wide, weight, bias, self.eps, self.totals)
         if self.track_running_stats and self.running_mean is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                momentum = self.momentum
-                if momentum is None:
-                    momentum = 1 / float(self.num_batches_tracked)
-                unbiased = variance * (count / (count - 1).clamp_min(1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        y = centered * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
+            self._track(mean, variance * (number / (number - 1).clamp_min(1)))
         return y.to(x.dtype)
 
+    @torch.no_grad()
+    def _track(self, mean: Tensor, unbiased: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / float(self.num_batches_tracked)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
 
-def synchronise_norms(module: nn.Module) -> int:
-    """Replace batch normalisation by :class:`SyncedBatchNorm`, in place; return how many."""
-    found = 0
+
+def synchronise_norms(module: nn.Module) -> Totals:
+    """Replace batch normalisation by :class:`SyncedBatchNorm`, in place; return what they share.
+
+    A layer that takes statistics of a batch itself says so by an attribute `pool_statistics`, which
+    becomes :meth:`Totals.pool`.
+    """
+    totals = Totals()
     for parent in list(module.modules()):
+        if hasattr(parent, "pool_statistics"):
+            parent.pool_statistics = totals.pool
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(
-                child, SyncedBatchNorm
-            ):
-                synced = SyncedBatchNorm(
-                    child.num_features,
-                    child.eps,
-                    child.momentum,
-                    child.affine,
-                    child.track_running_stats,
-                )
-                synced.weight, synced.bias = child.weight, child.bias
-                for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                    setattr(synced, buffer, getattr(child, buffer))
-                synced.train(child.training)
-                setattr(parent, name, synced)
-                found += 1
-    return found
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, _synced(child, totals))
+    return totals
+
+
+def _synced(norm: nn.modules.batchnorm._BatchNorm, totals: Totals) -> SyncedBatchNorm:
+    synced = SyncedBatchNorm(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    synced.weight, synced.bias = norm.weight, norm.bias
+    for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(synced, buffer, getattr(norm, buffer))
+    synced.totals = totals
+    return synced.train(norm.training)

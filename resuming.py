@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 import ranks
-from checkpoints import CheckpointError, check_form, load_weights
+from checkpoints import (
+    CheckpointError,
+    check_form,
+    checkpoint_digest,
+    without_training,
+)
 from evaluation import Averages
 from run_folder import Progress
 from utils import get_random_state, set_random_state
@@ -60,7 +65,7 @@ def check_place(place: Any, epoch: int) -> None:
     sums = place["sums"]
     like["sums"] = dict.fromkeys(sums, torch.zeros((), dtype=torch.float64))
     check_form(place, like, "place")
-    if place["epoch"] != epoch + 1 or place["step"] < 1 or place["count"] < 0:
+    if place["epoch"] != epoch + 1 or place["step"] < 0 or place["count"] < 0:
         raise CheckpointError(
             f"its place, step {place['step']} of epoch {place['epoch']}, does not follow epoch "
             f"{epoch}."
@@ -74,7 +79,7 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
         CheckpointError: If entries are missing or of another form.
     """
     try:
-        load_weights(trainer.model, checkpoint)
+        trainer.load_model(checkpoint)
         trainer.load_state_dict(checkpoint["trainer"])
         for state in (checkpoint["random_state"], *checkpoint.get("random_states", [])):
             check_random_state(state)
@@ -97,15 +102,21 @@ def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> Progress:
             f"writes ({reason})."
         ) from error
     if progress.best_epoch == progress.epoch and not places:
-        progress.best_digest = checkpoint.get("digest", "")
+        progress.best_digest = checkpoint_digest(without_training(checkpoint))
     return progress
 
 
-def own_place(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def own_place(checkpoint: Mapping[str, Any], *, splits: bool) -> dict[str, Any]:
     """Return this process's place in the epoch, out of those that a checkpoint holds.
 
     If it was saved by another number of processes, the first one takes over all their averages.
+
+    Args:
+        checkpoint: What was saved amid an epoch.
+        splits: Whether every process sees a part of each batch; if not, all are in one place.
     """
+    if not splits:
+        return dict(checkpoint["place"])
     places = checkpoint.get("places", [checkpoint["place"]])
     if len(places) == ranks.world_size():
         return places[ranks.rank()]
@@ -119,7 +130,7 @@ def state_of(trainer: Any, run: Any, progress: Progress, **more: Any) -> dict[st
     """Return what a run can be gone on with from."""
     random_state = get_random_state()
     state = {
-        "model": trainer.model.state_dict(),
+        "model": trainer.model_state(),
         "trainer": trainer.state_dict(),
         "progress": vars(progress),
         "random_state": random_state,
@@ -152,7 +163,7 @@ def settle(trainer: Any, run: Any, source: Path, checkpoint: Mapping[str, Any], 
             if not progress.history or column not in progress.history[-1]:
                 raise CheckpointError(f"the checkpoint cannot be gone on with: it lacks {column}.")
             progress.best_value = progress.history[-1][column]
-            progress.best_digest = checkpoint.get("digest", "")
+            progress.best_digest = checkpoint_digest(without_training(checkpoint))
             if run.folder.writes:
                 run.folder.settle(run.folder.path / run.folder.LAST, progress, at_end=True)
         line = (

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -19,7 +20,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from checkpoints import CheckpointError, check_rows, load_checkpoint, save_checkpoint
+from checkpoints import (
+    CheckpointError,
+    check_rows,
+    load_checkpoint,
+    save_checkpoint,
+    without_training,
+)
 from utils import CsvLog, WriteError, atomic_path, remove_left_overs, write_text, writing
 
 __all__ = [
@@ -96,6 +103,10 @@ class Progress:
                 f"its progress says epoch {made.epoch}, best epoch {made.best_epoch}, and has rows "
                 f"of {len(told)} epochs: they do not belong together."
             )
+        if made.times and "train_samples_per_second" in made.times[0]:
+            # Older files do not know how long the training part of an epoch took.
+            rows = made.times
+            made.times = [{**r, "train_seconds": r.get("train_seconds", math.nan)} for r in rows]
         return made
 
 
@@ -141,6 +152,7 @@ class RunFolder:
     Args:
         path: The folder; created by :meth:`start`.
         writes: Whether this process writes; of several processes only the first one does.
+        saves: Which checkpoints are kept: "best", "last", "both" or "none".
     """
 
     RESULTS, METRICS, TIMING = "train_eval_results.txt", "metrics.csv", "timing.csv"
@@ -151,8 +163,12 @@ class RunFolder:
 
     LOCK = ".lock"
 
-    def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
-        self.path, self.writes = Path(path), writes
+    def __init__(
+        self, path: str | os.PathLike, *, writes: bool = True, saves: str = "both"
+    ) -> None:
+        self.path, self.writes, self.saves = Path(path), writes, saves
+        self.keeps_last, self.keeps_best = saves in ("last", "both"), saves in ("best", "both")
+        self.trackers: Any = None  # see `trackers.Trackers`
         self._scratch: tempfile.TemporaryDirectory | None = None
 
     def holds_run(self) -> bool:
@@ -270,6 +286,8 @@ class RunFolder:
         write_text(self.path / self.RESULTS, "".join(f"{line}\n" for line in progress.lines))
         self.metrics = CsvLog(self.path / self.METRICS, progress.history)
         self.timing = CsvLog(self.path / self.TIMING, progress.times)
+        if self.trackers is not None:
+            self.trackers.rows(progress.history)
 
     def write_line(self, line: str) -> None:
         """Append a line to the results file and show it."""
@@ -281,27 +299,35 @@ class RunFolder:
             file.write(f"{line}\n")
 
     def save(self, checkpoint: Mapping[str, Any], *, best: bool) -> str:
-        """Save ``last.pt``, and let ``best.pt`` be the same file if it is the best so far.
+        """Save ``last.pt``, and ``best.pt`` if it is the best so far.
 
-        The pair is decided by ``last.pt`` alone: if this is interrupted, :meth:`settle` of the
-        resumed run finds from its entries which file ``best.pt`` has to be. Where ``best.pt`` is
-        not another file to fall back on, ``previous.pt`` is the state before; :meth:`end` removes
-        it.
+        What only a resumed run needs stands in ``last.pt`` alone; where that is nothing, both are
+        one file. The pair is decided by ``last.pt``: if this is interrupted, :meth:`settle` of the
+        resumed run finds from its entries which state ``best.pt`` has to be. Where ``best.pt`` is
+        not another whole state to fall back on, ``previous.pt`` is the one before ``last.pt``;
+        :meth:`end` removes it.
 
         Returns:
-            The digest of what was saved; empty where this process does not write.
+            The digest of the file that is left for the best state; empty if there is none.
         """
         if not self.writes:
             return ""
         last, kept, previous = (self.path / n for n in (self.LAST, self.BEST, self.PREVIOUS))
-        if last.is_file():
-            link_or_copy(last, previous)
-        digest = save_checkpoint(last, checkpoint)
-        if best:
-            link_or_copy(last, kept)
-        elif kept.is_file():
-            with writing(previous):
-                previous.unlink(missing_ok=True)
+        digest = ""
+        if self.keeps_last:
+            if last.is_file():
+                link_or_copy(last, previous)
+            digest = save_checkpoint(last, checkpoint)
+            if not best and kept.is_file() and without_training(checkpoint) is checkpoint:
+                with writing(previous):
+                    previous.unlink(missing_ok=True)
+        return self._save_best(checkpoint, digest) if best and self.keeps_best else ""
+
+    def _save_best(self, checkpoint: Mapping[str, Any], digest: str) -> str:
+        lean = without_training(checkpoint)
+        if lean is not checkpoint or not self.keeps_last:
+            return save_checkpoint(self.path / self.BEST, lean)
+        link_or_copy(self.path / self.LAST, self.path / self.BEST)
         return digest
 
     def end(self) -> None:
@@ -325,7 +351,7 @@ class RunFolder:
         itself = at_end and progress.best_epoch == progress.epoch
         theirs = source.parent / self.BEST
         problem = None
-        if not itself and progress.best_epoch:
+        if not itself and progress.best_epoch and self.keeps_best:
             try:
                 found = load_checkpoint(theirs)
                 told = found.get("progress")
@@ -339,16 +365,14 @@ class RunFolder:
                 problem = str(error).rstrip(".")
         if source.resolve() != last.resolve():
             link_or_copy(source, last)
+        if not self.keeps_best:
+            return True, None
         if itself:
-            if best.is_file() and best.samefile(last):
-                return True, None
-            same = False
             if best.is_file():
                 with contextlib.suppress(CheckpointError):
-                    same = load_checkpoint(best).get("digest", "") == progress.best_digest != ""
-            link_or_copy(last, best)
-            if same:
-                return True, None
+                    if load_checkpoint(best).get("digest", "") == progress.best_digest != "":
+                        return True, None
+            self._save_best(load_checkpoint(last), progress.best_digest)
             return True, f"{self.BEST} is made from {source}, which holds the best epoch."
         if problem is not None:
             best.unlink(missing_ok=True)
@@ -372,6 +396,17 @@ class RunFolder:
             self.metrics.append(row)
         for row in times:
             self.timing.append(row)
+        if self.trackers is not None:
+            self.trackers.rows(rows)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes that the folder takes, and those of each checkpoint in it."""
+        paths = (p for p in self.path.rglob("*") if p.is_file() and p.name != self.LOCK)
+        files = {path: path.stat() for path in paths}
+        once = {(found.st_dev, found.st_ino): found.st_size for found in files.values()}
+        named = {p.name: found.st_size for p, found in files.items()}
+        checkpoints = {name: named[name] for name in (self.LAST, self.BEST) if name in named}
+        return {"": sum(once.values()), **checkpoints}
 
     def summarize(self, **facts: Any) -> None:
         """Write ``summary.json``: what scripts need to know of a run without guessing."""

@@ -5,7 +5,10 @@ its `layer_kind` ("maps" where it says nothing). A table maps the names users gi
 which the fields of their `Options` configure as further keywords (by `functools.partial`):
 
 - "maps", `LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, on maps (B, C, H, W);
-- "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C).
+- "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C);
+- "signals", `SIGNAL_LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, (B, C, L);
+- "graph", `GRAPH_LAYERS`: `layer(in_channels=, out_channels=)`, nodes (B, N, C) and the neighbors
+  of each (B, N, K) -> (B, N, O).
 
 A new layer is a file and a row.
 """
@@ -21,9 +24,10 @@ from layers.branching import (
     Conv2d_Attn_Branching,
     Conv2d_Branching,
 )
-from layers.conv import Conv1d_New, Conv2d_New, same_conv
+from layers.conv import Conv1d_New, Conv2d_New, same_conv, same_conv1d
 from layers.convnn import Conv1d_NN, Conv2d_NN
 from layers.coordinates import add_coordinates, coordinate_channels
+from layers.graph import GIN, EdgeConv, GraphSAGE, MaxRelative
 from layers.pixel_shuffle import PixelShuffle1D, PixelUnshuffle1D
 from layers.record import record_neighbors
 from layers.tokens import (
@@ -37,8 +41,11 @@ from layers.tokens import (
 )
 
 __all__ = [
+    "GIN",
+    "GRAPH_LAYERS",
     "LAYERS",
     "LAYER_KINDS",
+    "SIGNAL_LAYERS",
     "TOKEN_LAYERS",
     "Attention",
     "BranchAttention",
@@ -54,8 +61,11 @@ __all__ = [
     "Conv2d_NN_Attn",
     "Conv2d_New",
     "ConvNNAttention",
+    "EdgeConv",
+    "GraphSAGE",
     "KvtAttention",
     "LocalAttention",
+    "MaxRelative",
     "NeighborhoodAttention",
     "PixelShuffle1D",
     "PixelUnshuffle1D",
@@ -63,6 +73,7 @@ __all__ = [
     "coordinate_channels",
     "record_neighbors",
     "same_conv",
+    "same_conv1d",
 ]
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -84,7 +95,25 @@ TOKEN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "BranchAttention": BranchAttention,
 }
 
+SIGNAL_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "Conv1d": same_conv1d,
+    "Conv1d_New": Conv1d_New,
+    "ConvNN": Conv1d_NN,
+    "ConvNN_Attn": Conv1d_NN_Attn,
+    "Branching": Conv1d_Branching,
+    "Branching_Attn": Conv1d_Attn_Branching,
+}
+
+GRAPH_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "MaxRelative": MaxRelative,
+    "EdgeConv": EdgeConv,
+    "GraphSAGE": GraphSAGE,
+    "GIN": GIN,
+}
+
 LAYER_KINDS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "maps": LAYERS,
     "tokens": TOKEN_LAYERS,
+    "signals": SIGNAL_LAYERS,
+    "graph": GRAPH_LAYERS,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from layers.pixel_shuffle import ShuffleOptions, pixel_shuffle, pixel_unshuffle
 from layers.sampling import STEP, per_axis
 from options import Options, option
 
-__all__ = ["Conv1d_New", "Conv2d_New", "ConvNewOptions", "ConvOptions", "same_conv"]
+__all__ = ["Conv1d_New", "Conv2d_New", "ConvNewOptions", "ConvOptions", "same_conv", "same_conv1d"]
 
 WINDOW = "side of the window"
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -23,7 +24,7 @@ class ConvOptions(Options):
     title = "Convolutions"
     kernel_size: int = option(
         3,
-        "side of the window of Conv2d, Conv2d_New and the convolution branch; odd",
+        "side of the window of plain convolutions and of the convolution branch; odd",
         least=1,
         most=255,
     )
@@ -91,6 +92,9 @@ def same_conv(
 
 
 same_conv.Options = PlainConvOptions
+same_conv1d = partial(same_conv, ndim=1)
+same_conv1d.Options = PlainConvOptions
+same_conv1d.__doc__ = "Build a convolution that keeps the length of a signal but for the stride."
 
 
 class _ConvNew(nn.Module):

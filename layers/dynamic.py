@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ PREDICTORS = ("interp", "nearest", "knn")
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}  # rows × block on the CPU: stays in cache
 _BLOCK_ELEMENTS_GPU = 1 << 26
 _ROWS = 512  # queries at a time in `forward`
+_SHARE = 256  # queries at a time in `grow`: what one of several processes does of them
 _MIN_CAPACITY = 1024
 _BUFFERS = ("_centers", "_targets", "_arranged", "_norms", "_columns")
 
@@ -81,6 +82,11 @@ class DynamicNeighbors(nn.Module):
     Shape:
         x (B, D) -> class scores (B, C), each row summing to 1, or values (B, O).
 
+    Attributes:
+        crew: How several processes share the work of `grow`, all given the same samples: each does
+            some rows (`ranks.Crew`). Rows go in the same chunks without it, so that the centers
+            are the same to the last digit; None: one process.
+
     The state_dict holds the centers there are (`centers`, `targets`) and loads into a layer of any
     size.
 
@@ -92,6 +98,8 @@ class DynamicNeighbors(nn.Module):
         >>> layer(torch.tensor([[0.1, 1.0]])).argmax(dim=1)
         tensor([0])
     """
+
+    crew: Any = None
 
     def __init__(
         self,
@@ -339,6 +347,20 @@ class DynamicNeighbors(nn.Module):
             distances = self.kernel.distances(some, key_norms, queries, norms, out=out, work=work)
             voters.update(distances, columns, first, rows)
 
+    def _accumulate_rows(
+        self, voters: InterpVotes | ConeVotes | TopKVotes, queries: Tensor, norms: Tensor, end: int
+    ) -> None:
+        """Let the centers 0..end vote, some rows of the queries at a time, each in one process."""
+        if not voters.by_rows:
+            self._accumulate(voters, queries, norms, 0, end)
+            return
+        chunks = [slice(i, min(i + _SHARE, len(queries))) for i in range(0, len(queries), _SHARE)]
+        for rows in chunks if self.crew is None else self.crew.mine(chunks):
+            self._accumulate(voters, queries, norms, 0, end, rows)
+        if self.crew is not None:
+            for state in voters.by_rows:
+                self.crew.complete(state, chunks)
+
     def _finish(self, sums: Tensor) -> Tensor:
         """Normalise: class scores that sum to 1 (0 where nobody voted), or the weighted mean."""
         if self.classification:
@@ -444,7 +466,7 @@ class DynamicNeighbors(nn.Module):
         samples = self._describe(x, y, norms)
         voters = self._voters(queries, norms)
         known = self.num_centers
-        self._accumulate(voters, queries, norms, 0, known)
+        self._accumulate_rows(voters, queries, norms, known)
         sums = []
         for first in range(0, len(x), batch_size):
             last = min(first + batch_size, len(x))

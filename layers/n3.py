@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from layers.cnn import channels_last, feature_cnn
 from layers.record import Neighbors, grid_places, note, recording
 from layers.selection import ConcreteNeighbors, HardNeighbors, NeuralNearestNeighbors
-from ops.budget import pieces
+from ops.budget import chunk_bytes, pieces
 from ops.patches.grid import PatchGrid, write_out
 from ops.patches.tiles import (
     TileIndices,
@@ -230,7 +230,7 @@ class N3Aggregation2d(nn.Module):
         self, images: Tensor, features: Tensor, log_temp: Tensor | None, grid: PatchGrid
     ) -> Tensor:
         """Volumes from padded images and features and log temperatures (B, M), compiled."""
-        nnn, windows = self.aggregation.nnn, Windows(grid, self.window)
+        nnn, windows = self.aggregation.nnn, Windows(grid, self.window, images.device)
         if torch.is_grad_enabled() or nnn.needs_all or recording():
             distances = window_distances(features, windows)  # (B, M, O)
             weights = nnn(distances, log_temp, windows.barred(0, grid.rows))
@@ -241,7 +241,8 @@ class N3Aggregation2d(nn.Module):
         out = images.new_empty(b, nnn.K * c, grid.height, grid.width)
         columns, rows = windows.columns(features), windows.rows(images)
         row_bytes = 4 * n * (nnn.K + 2) * math.prod(windows.size)
-        for s, blocks in pieces(b, grid.block_rows, WINDOW_BYTES // row_bytes):
+        budget = WINDOW_BYTES if images.device.type == "cpu" else chunk_bytes(images.device)
+        for s, blocks in pieces(b, grid.block_rows, budget // row_bytes):
             first, last = blocks.start, blocks.stop
             begin, end = max(0, first - grid.ratio + 1), min(grid.rows, last)
             distances = windows.distances(columns[s], begin, end)

@@ -12,6 +12,7 @@ Symbols: O candidates of a query, K neighbor volumes, d squared distance, t temp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,15 @@ class NeuralNearestNeighbors(nn.Module):
         distance_bn: Scale distances by a batch norm.
         saturation: See `relaxed_selection`.
 
+    Attributes:
+        pool_statistics: Turns number, mean and variance of this process's distances into those of
+            all processes; None where there is one.
+
     Shape:
         distances (…, O), log temperature (…) -> weights (…, K, O).
     """
+
+    pool_statistics: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -102,6 +109,8 @@ class NeuralNearestNeighbors(nn.Module):
                 number = counted.sum() * (distances.numel() // counted.numel())
                 mean = (distances * counted).sum() / number
                 var = ((distances - mean).square() * counted).sum() / number
+            if self.pool_statistics is not None and self.training:
+                number, mean, var = self.pool_statistics(number, mean, var)
             if bn.training and bn.running_var is not None:
                 with torch.no_grad():
                     bn.num_batches_tracked += 1

@@ -10,15 +10,20 @@
   "memory" (stores the training set as it is, in [0, 1]);
 - `uses_layer`: whether it takes `layer=`;
 - `layer_kind` (if it says so): the table of `layers.LAYER_KINDS` its layers come from; else "maps";
+- `inputs` (if it says so): a tuple of the kinds of samples that it classifies, among "images",
+  "signals" and "points"; else images;
 - `min_input_size`: the smallest side of an image it accepts;
 - `Options`: its options, which its constructor takes as keywords;
 - `defaults`, `task_defaults` (if there are any): defaults of options of others that differ for it,
   everywhere and by task;
-- `own_layer` (if there is one): the layer, and its options, that ``layer=None`` stands for.
+- `own_layer` (if there is one): the layer, and its options, that ``layer=None`` stands for;
+- `token_grid` (if its instances have one): rows and columns of the patches that its last tokens
+  come from, for `layers.record`.
 
 Beside its options a constructor takes, by their names, what it must know of data and run:
 `in_channels`, `image_size`, `num_classes`, `num_inputs`, `num_outputs`, `tolerance`, `batch_size`,
-`num_passes`, `num_steps`, and `layer`. A new model is a file and a row.
+`num_passes`, `num_steps`, `layer`, and `features` (what samples are replaced by: "raw", ...). A new
+model is a file and a row.
 """
 
 from collections.abc import Callable
@@ -28,21 +33,25 @@ from torch import nn
 
 from models.cnnet import CNNet
 from models.convert import ForeignNetwork, convert
-from models.convnet import ConvNet
+from models.convnet import CNN1d, ConvNet
 from models.densenet import DenseNet
+from models.dgcnn import DGCNN
 from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
 from models.n3net import PRESETS, N3Net
-from models.resnet import ResBlock, ResNet
+from models.resnet import ResBlock, ResNet, ResNet1d
 from models.unet import UNet
 from models.vgg import VGG
+from models.vig import PyramidViG, ViG
 from models.vit import ViT
 
 __all__ = [
+    "DGCNN",
     "MODELS",
     "PRESETS",
     "VGG",
+    "CNN1d",
     "CNNet",
     "ConvNet",
     "DenseNet",
@@ -51,9 +60,12 @@ __all__ = [
     "ForeignNetwork",
     "KNNClassifier",
     "N3Net",
+    "PyramidViG",
     "ResBlock",
     "ResNet",
+    "ResNet1d",
     "UNet",
+    "ViG",
     "ViT",
     "convert",
     "model_class",
@@ -67,6 +79,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, depth=18),
     "resnet34": partial(ResNet, depth=34),
     "convnet": ConvNet,
+    "cnn1d": CNN1d,
+    "resnet1d": partial(ResNet1d, depth=14),
     "densenet121": partial(DenseNet, depth=121),
     "densenet169": partial(DenseNet, depth=169),
     "densenet201": partial(DenseNet, depth=201),
@@ -76,6 +90,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
     "vit_tiny": partial(ViT, size="tiny"),
     "vit_small": partial(ViT, size="small"),
+    "vig_tiny": ViG,
+    "pvig_tiny": PyramidViG,
+    "dgcnn": DGCNN,
     "unet": UNet,
     "dncnn": DnCNN,
     "n3net": N3Net,

@@ -6,7 +6,8 @@ listed. `ForeignNetwork` builds a network of torchvision or timm and converts it
 """
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,6 +37,11 @@ class Conversion:
     kept: dict[str, str] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
 
+    def reasons(self) -> str:
+        """Say why convolutions were kept, each reason with how often."""
+        counts = Counter(self.kept.values())
+        return ", ".join(f"{why} ({count})" for why, count in counts.most_common())
+
     def __str__(self) -> str:
         parts = [f"{len(self.replaced)} convolutions replaced, {len(self.copied)} with weights"]
         if self.kept:
@@ -49,6 +55,7 @@ def convert(
     layer: str | Callable[..., nn.Module] = "ConvNN",
     *,
     keep_weights: bool = True,
+    leave: Collection[str] = (),
     **options: Any,
 ) -> Conversion:
     """Put a layer in place of every convolution that it can replace, in a copy of the network.
@@ -62,22 +69,37 @@ def convert(
         module: Any network.
         layer: A name of `layers.LAYERS`, or `layer(in_channels=, out_channels=, stride=)`.
         keep_weights: Copy weights where that is possible.
+        leave: Names of convolutions that stay, e.g. ["conv1"], the 7×7 stem of a ResNet.
         **options: Of the layer, e.g. K=9.
 
     Returns:
         The converted copy, and what was done.
 
     Raises:
-        ValueError: for another layer, or options it cannot take.
+        ValueError: for another layer, options it cannot take, or names in `leave` that are none.
+
+    Example:
+        >>> done = convert(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), layer="Branching", K=9)
+        >>> print(done)
+        1 convolutions replaced, 0 with weights.
     """
     if isinstance(layer, str):
         check_choice("layer", layer, LAYERS)
         layer = LAYERS[layer]
     done = Conversion(copy.deepcopy(module))
-    for name, conv in list(done.module.named_modules()):
-        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            continue
-        if (why := _reason_to_keep(conv)) is not None:
+    convolutions = {
+        name: conv
+        for name, conv in done.module.named_modules()
+        if isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+    if unknown := sorted(set(leave) - set(convolutions)):
+        raise ValueError(
+            f"leave names {', '.join(unknown)}, which is no convolution of this network. There is: "
+            f"{', '.join(convolutions)}."
+        )
+    for name, conv in convolutions.items():
+        why = "as asked" if name in leave else _reason_to_keep(conv)
+        if why is not None:
             done.kept[name] = why
             continue
         new = layer(
@@ -151,7 +173,8 @@ class ForeignNetwork(nn.Module):
         num_classes: Number of outputs.
 
     Raises:
-        ValueError: for a network that is not there, with the package to install.
+        ValueError: for a network that is not there, with the package to install, or one in which
+            nothing can be replaced.
     """
 
     Options = Options
@@ -175,6 +198,11 @@ class ForeignNetwork(nn.Module):
         network = build_foreign(source, name, in_channels, num_classes)
         self.conversion = convert(network, layer)
         self.network = self.conversion.module
+        if not self.conversion.replaced:
+            raise ValueError(
+                f"{source}:{name} has no convolution that a layer can replace: "
+                f"{self.conversion.reasons()}. Choose another network."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores of `x`."""

@@ -1,28 +1,33 @@
 """A small plain network in which every layer fits: for studies that take minutes.
 
-Symbols: B batch, C channels, H/W height and width.
+Symbols: B batch, C channels, H/W height and width, L length.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from models.ndim import BATCH_NORMS, MAX_POOLS
 from options import Options, option
 
-__all__ = ["ConvNet", "ConvNetOptions"]
+__all__ = ["CNN1d", "ConvNet", "ConvNetOptions"]
 
 
 @dataclass(frozen=True)
 class ConvNetOptions(Options):
     """How deep and how wide."""
 
-    title = "Small plain network (convnet)"
-    depth: int = option(4, "layers of the convnet", least=1, most=1000)
-    width: int = option(24, "channels of every layer of the convnet", least=1, most=10**10)
+    title = "Small plain networks (convnet, cnn1d)"
+    depth: int = option(4, "layers of a small plain network", least=1, most=1000)
+    width: int = option(
+        24, "channels of every layer of a small plain network", least=1, most=10**10
+    )
     pool_after: int = option(
         2,
-        "layers of the convnet that a 2x2 max pooling follows: one number, or 1,2; 0: none",
+        "layers of a small plain network that a max pooling by 2 follows: one number, or 1,2; "
+        "0: none",
         least=0,
         most=1000,
         several="commas",
@@ -70,6 +75,7 @@ class ConvNet(nn.Module):
     training = "gradient"
     uses_layer = True
     min_input_size = 1
+    ndim = 2
 
     def __init__(
         self,
@@ -87,11 +93,11 @@ class ConvNet(nn.Module):
         for number in range(1, depth + 1):
             modules += [
                 layer(in_channels=in_channels if number == 1 else width, out_channels=width),
-                nn.BatchNorm2d(width),
+                BATCH_NORMS[self.ndim](width),
                 nn.ReLU(inplace=True),
             ]
             if number in options.poolings:
-                modules.append(nn.MaxPool2d(kernel_size=2, stride=2))
+                modules.append(MAX_POOLS[self.ndim](kernel_size=2, stride=2))
         self.smallest = 2 ** len(options.poolings)
         self.features = nn.Sequential(*modules)
         self.classifier = nn.Linear(width, num_classes)
@@ -100,8 +106,24 @@ class ConvNet(nn.Module):
         """Return the class scores of `x`."""
         if min(x.shape[2:]) < self.smallest:
             raise ValueError(
-                f"this convnet pools its map to 1/{self.smallest} of its sides, and the image "
-                f"has {x.shape[2]} x {x.shape[3]} pixels: pool after fewer layers (pool_after), "
-                "or take larger images."
+                f"this network pools to 1/{self.smallest} of every side, and a sample has "
+                f"{' x '.join(map(str, x.shape[2:]))} positions: pool after fewer layers "
+                "(pool_after), or take larger samples."
             )
-        return self.classifier(self.features(x).mean((2, 3)))  # (B, C, H, W) -> (B, num_classes)
+        return self.classifier(
+            self.features(x).flatten(2).mean(2)
+        )  # (B, C, H, W) -> (B, num_classes)
+
+
+class CNN1d(ConvNet):
+    """Classify signals by a few layers of one width and a global average; see `ConvNet`.
+
+    Shape:
+        (B, in_channels, L) -> (B, num_classes); L at least 2 for every pooling.
+    """
+
+    family = "CNN1d"
+    inputs = ("signals",)
+    layer_kind = "signals"
+    defaults: ClassVar[dict] = {"dataset": "mnist1d"}
+    ndim = 1

@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 from layers.dynamic import PREDICTORS, DynamicNeighbors
 from layers.prune import prune_centers
+from models.transform import Transform, TransformOptions
 from ops.centers.distances import KERNELS, DistanceKernel
-from options import Options, option
+from options import option
 
 __all__ = ["DynamicNetwork"]
 
 
 @dataclass(frozen=True)
-class DynamicOptions(Options):
+class DynamicOptions(TransformOptions):
     """Which centers vote how, and when one is added."""
 
     title = "Growing networks (--model dynamic)"
@@ -81,8 +83,15 @@ class DynamicNetwork(nn.Module):
         max_count: Rounds a batch at most.
         max_neighbors: Most centers of each layer.
         tolerance: Error from which on a regression counts as wrong.
+        features: "learned": a `Transform` stands before the first layer; anything else: nothing.
+        in_channels: Channels of a sample, for the transform.
+        image_size: Its sides, likewise.
+        learned_dim: See `Transform`, as are the next two.
+        learned_width: Channels of the first convolution.
+        learned_depth: Convolutions.
 
     Attributes:
+        transform: What learns features before anything grows, or None.
         growth: One row a batch grown: layer, pass, samples, added, centers, and the percentage
             that was right before (`seen`) and after (`learnt`) growing.
     """
@@ -99,6 +108,7 @@ class DynamicNetwork(nn.Module):
     }
     family, tasks = "Dynamic", ("classification", "approximation", "language")
     training, uses_layer, min_input_size = "growth", False, 1
+    inputs = ("images", "signals")
 
     def __init__(
         self,
@@ -121,6 +131,12 @@ class DynamicNetwork(nn.Module):
         max_count: int = 3,
         max_neighbors: int = 100_000,
         tolerance: float = 0.05,
+        features: str = "raw",
+        in_channels: int = 1,
+        image_size: Sequence[int] | None = None,
+        learned_dim: int = 32,
+        learned_width: int = 32,
+        learned_depth: int = 3,
     ) -> None:
         super().__init__()
         if num_layers < 1 or splits < 1:
@@ -131,6 +147,12 @@ class DynamicNetwork(nn.Module):
                 f"got {num_layers}"
             )
         kernel = DistanceKernel(kernel_type, epsilon, exponent, scales, influence_cone_factor)
+        self.transform: Transform | None = None
+        if features == "learned":
+            shape = (in_channels, *(image_size or (8, 8)))  # sides are not known in a rehearsal
+            self.transform = Transform(shape, learned_dim, learned_width, learned_depth)
+            self.transform.eval()
+            num_inputs = learned_dim
         widths = [num_inputs] + [splits * (num_classes or 0)] * (num_layers - 1)
         self.layers = nn.ModuleList(
             DynamicNeighbors(
@@ -174,10 +196,17 @@ class DynamicNetwork(nn.Module):
 
     def features(self, x: Tensor, layer: int) -> Tensor:
         """Return what layer number `layer` sees of samples (B, ...)."""
-        x = x.flatten(1)
+        x = x.flatten(1) if self.transform is None else self.transform.features(x)
         for before in self.layers[:layer]:
             x = before.featurize(x, self.splits)
         return x
+
+    def train(self, mode: bool = True) -> DynamicNetwork:
+        """Set the mode of all but the transform, which is trained by itself."""
+        super().train(mode)
+        if self.transform is not None:
+            self.transform.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict by the deepest layer that has centers: scores (B, C) or values (B, O)."""

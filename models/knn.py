@@ -145,6 +145,7 @@ class KNNClassifier(nn.Module):
     tasks = ("classification",)
     training = "memory"
     uses_layer = False
+    inputs = ("images", "signals")
     min_input_size = 1
 
     def __init__(
@@ -346,11 +347,10 @@ class KNNClassifier(nn.Module):
             factor = 1.0 if self.metric == "cosine" else self.scale**2
         if queries.device != self.labels.device:
             queries = queries.to(self.labels.device)
-        values, indices = index.search(queries, min(K, len(index)))
-        values = (values if wide else values.float()) * factor
-        if not self.sharded:
-            return values, indices
-        return merge_over_ranks(values, indices + self.offset, K, self.metric)
+        values, indices = index.search(queries, min(K, len(index)), wide=self.sharded)
+        if self.sharded:  # by the values as they were compared: rounded ones may be equal
+            values, indices = merge_over_ranks(values, indices + self.offset, K, self.metric)
+        return (values if wide else values.float()) * factor, indices
 
     def _searcher(self) -> ExactIndex:
         keys = self.features if self._mapped is None else self._mapped

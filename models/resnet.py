@@ -1,21 +1,22 @@
-"""Residual networks with any layer in place of the 3x3 convolutions.
+"""Residual networks for images and signals, with any layer in place of the 3x3 convolutions.
 
 Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016,
-https://arxiv.org/abs/1512.03385. Symbols: B batch, C channels, H/W height and width, s stride.
+https://arxiv.org/abs/1512.03385. Symbols: B batch, C channels, H/W height and width, L length, s
+stride.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from models.ndim import AVERAGES, BATCH_NORMS, CONVS
 from models.width import WidthOptions, scaled
 from options import option
 
-__all__ = ["ResBlock", "ResNet"]
-
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-WIDTHS = (64, 128, 256, 512)
+__all__ = ["ResBlock", "ResNet", "ResNet1d"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ResNetOptions(WidthOptions):
 
 def _without_bias(conv: nn.Module) -> nn.Module:
     """Drop the bias of a plain convolution: the BatchNorm after it takes it out again."""
-    if type(conv) is nn.Conv2d:
+    if type(conv) in CONVS.values():
         conv.register_parameter("bias", None)
     return conv
 
@@ -50,9 +51,10 @@ class ResBlock(nn.Module):
         out_channels: O.
         stride: s of the first layer and of the shortcut.
         shortcut_norm: whether a projecting shortcut ends in BatchNorm, as in the classic network.
+        ndim: 1 for signals, 2 for images.
 
     Shape:
-        (B, C, H, W) -> (B, O, ceil(H/s), ceil(W/s))
+        (B, C, H, W) -> (B, O, ceil(H/s), ceil(W/s)), or (B, C, L) -> (B, O, ceil(L/s))
 
     Raises:
         ValueError: in forward, if the layers change the size of the map otherwise than by stride.
@@ -66,24 +68,26 @@ class ResBlock(nn.Module):
         *,
         stride: int = 1,
         shortcut_norm: bool = True,
+        ndim: int = 2,
     ):
         super().__init__()
         self.conv1 = _without_bias(
             layer(in_channels=in_channels, out_channels=out_channels, stride=stride)
         )
         self.conv2 = _without_bias(layer(in_channels=out_channels, out_channels=out_channels))
+        norm = BATCH_NORMS[ndim]
         self.conv_layer = nn.Sequential(
             self.conv1,
-            nn.BatchNorm2d(out_channels),
+            norm(out_channels),
             nn.ReLU(inplace=True),
             self.conv2,
-            nn.BatchNorm2d(out_channels),
+            norm(out_channels),
         )
         self.identity: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.identity = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            self.identity = CONVS[ndim](in_channels, out_channels, 1, stride=stride, bias=False)
             if shortcut_norm:
-                self.identity = nn.Sequential(self.identity, nn.BatchNorm2d(out_channels))
+                self.identity = nn.Sequential(self.identity, norm(out_channels))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,6 +141,9 @@ class ResNet(nn.Module):
     training = "gradient"
     uses_layer = True
     min_input_size = 8
+    blocks: ClassVar[dict[int, tuple[int, ...]]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+    widths = (64, 128, 256, 512)
+    ndim = 2
 
     def __init__(
         self,
@@ -149,36 +156,58 @@ class ResNet(nn.Module):
         width: float = 1.0,
     ):
         super().__init__()
-        if depth not in BLOCKS:
-            raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))} (got {depth}).")
+        if depth not in self.blocks:
+            raise ValueError(
+                f"depth must be one of {', '.join(map(str, self.blocks))} (got {depth})."
+            )
         ResNetOptions(downsample=downsample, width=width)
-        widths = [scaled(channels, width) for channels in WIDTHS]
+        widths = [scaled(channels, width) for channels in self.widths]
         self.first_conv = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
+            CONVS[self.ndim](in_channels, widths[0], kernel_size=3, padding=1, bias=False),
+            BATCH_NORMS[self.ndim](widths[0]),
             nn.ReLU(inplace=True),
         )
         strided = downsample == "stride"
-        stages, channels = [], widths[0]
-        for stage, (count, wide) in enumerate(zip(BLOCKS[depth], widths, strict=True)):
+        block = partial(ResBlock, layer, shortcut_norm=strided, ndim=self.ndim)
+        channels = widths[0]
+        for stage, (count, wide) in enumerate(zip(self.blocks[depth], widths, strict=True)):
             blocks = []
             for i in range(count):
                 stride = 2 if strided and stage > 0 and i == 0 else 1
-                blocks.append(ResBlock(layer, channels, wide, stride=stride, shortcut_norm=strided))
+                blocks.append(block(channels, wide, stride=stride))
                 channels = wide
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(widths[-1], num_classes)
+            AVERAGES[self.ndim](1), nn.Flatten(), nn.Linear(widths[-1], num_classes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores of `x`."""
         if min(x.shape[2:]) < self.min_input_size:
             raise ValueError(
-                f"ResNet needs images of at least {self.min_input_size} x {self.min_input_size} "
-                f"pixels (got {x.shape[2]} x {x.shape[3]})."
+                f"{type(self).__name__} needs samples of at least {self.min_input_size} positions "
+                f"along every side (got {' x '.join(map(str, x.shape[2:]))})."
             )
         x = self.first_conv(x)  # (B, C, H, W) -> (B, 64, H, W)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # -> (B, 512, H/8, W/8)
+        for stage in range(1, len(self.widths) + 1):
+            x = getattr(self, f"layer{stage}")(x)  # -> (B, 512, H/8, W/8) in the end
         return self.classifier(x)
+
+
+class ResNet1d(ResNet):
+    """Classify signals by 14 weight layers in residual blocks; see `ResNet`.
+
+    Three stages of two blocks, of 64, 128 and 256 channels: `depth` 14.
+
+    Shape:
+        (B, in_channels, L) -> (B, num_classes); L at least 4.
+    """
+
+    family = "ResNet1d"
+    inputs = ("signals",)
+    layer_kind = "signals"
+    defaults: ClassVar[dict] = {"dataset": "mnist1d"}
+    min_input_size = 4
+    blocks: ClassVar[dict[int, tuple[int, ...]]] = {14: (2, 2, 2)}
+    widths = (64, 128, 256)
+    ndim = 1

@@ -6,7 +6,17 @@ Symbols: B batch, N rows of a sample, C numbers in a row.
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows", "flat_index", "take_rows"]
+__all__ = ["add_rows", "contiguous", "flat_index", "index_step", "take_rows"]
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return tensors, and None, as kernels read them."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def index_step(index: Tensor | None, shared: int) -> int:
+    """How far apart the indices of two samples lie: 0 where all share them, `shared` dimensions."""
+    return 0 if index is None or index.dim() == shared else index[0].numel()
 
 
 def flat_index(index: Tensor, n: int, first: int = 0) -> Tensor:

@@ -37,7 +37,7 @@ def _broadcast(x: Tensor, y: Any, **_: Any) -> tuple[int, ...]:
     return tuple(torch.broadcast_shapes(x.shape, y.shape if isinstance(y, Tensor) else ()))
 
 
-def _conv2d(
+def _conv(
     x: Tensor,
     weight: Tensor,
     bias: Any = None,
@@ -46,7 +46,7 @@ def _conv2d(
     *_: Any,
     **__: Any,
 ) -> tuple[int, ...]:
-    pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding)]
+    pairs = [(v,) * (x.dim() - 2) if isinstance(v, int) else v for v in (stride, padding)]
     sides = [
         (side + 2 * pad - kernel) // step + 1
         for side, kernel, step, pad in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)
@@ -54,9 +54,11 @@ def _conv2d(
     return (x.shape[0], weight.shape[0], *sides)
 
 
-def _max_pool2d(x: Tensor, kernel_size: int, stride: int | None = None, *_: Any, **__: Any):
-    stride = stride or kernel_size
-    return (*x.shape[:2], *((side - kernel_size) // stride + 1 for side in x.shape[2:]))
+def _max_pool(x: Tensor, kernel_size: int, stride: int | None = None, *_: Any, **__: Any):
+    kernel, stride = (
+        v[0] if isinstance(v, tuple) else v for v in (kernel_size, stride or kernel_size)
+    )
+    return (*x.shape[:2], *((side - kernel) // stride + 1 for side in x.shape[2:]))
 
 
 def _adaptive_pool(x: Tensor, output_size: Any) -> tuple[int, ...]:
@@ -69,10 +71,12 @@ _SHAPE_RULES: dict[str, Callable[..., tuple[int, ...]]] = {
     "batch_norm": _same,
     "add": _broadcast,
     "__add__": _broadcast,
-    "conv2d": _conv2d,
+    "conv1d": _conv,
+    "conv2d": _conv,
     "linear": lambda x, weight, bias=None: (*x.shape[:-1], weight.shape[0]),
-    "max_pool2d": _max_pool2d,
-    "boolean_dispatch": _max_pool2d,
+    "max_pool1d": _max_pool,
+    "max_pool2d": _max_pool,
+    "boolean_dispatch": _max_pool,
     "adaptive_avg_pool2d": _adaptive_pool,
     "pixel_shuffle": lambda x, r: (x.shape[0], x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r),
     "pixel_unshuffle": lambda x, r: (

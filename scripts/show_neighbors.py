@@ -1,7 +1,17 @@
-"""Show what the neighbor layers of a trained network take: the picture on the front page.
+r"""Show what the neighbor layers of a trained network take.
 
     python scripts/show_neighbors.py Output/ConvNet/Branching --sample 3
     python scripts/show_neighbors.py Output/N3Net/Conv2d --image photo.jpg --positions 40,60 90,20
+
+docs/neighbors.png is what the first neighbor layer of a small denoiser takes on scikit-learn's
+china.jpg (20 minutes of training on one thread of a busy machine; Train400 are the 400 gray
+photographs that denoisers are usually trained on):
+
+    python main.py --model dncnn --layer Branching --depth 5 --features 24 --dataset denoise \
+        --train_dir Train400 --test_dir Set12 --limit_test 2 --sigma 25 --crop_size 40 \
+        --crops_per_image 4 --num_epochs 5 --batch_size 16 --device cpu
+    python scripts/show_neighbors.py Output/DnCNN/Branching --image china.jpg --side 60 \
+        --layers layer1.0.branch1 --positions 20,19 35,54 9,47 --output docs/neighbors.png
 
 Every row of the picture is a layer, every color a position. First comes what the other similarity
 takes ("Loc": the closest positions, which are the taps of a convolution), then what the layer
@@ -35,7 +45,11 @@ from layers.record import Neighbors, Seen, record_neighbors
 from utils import atomic_path
 
 COLORS = ("#ff3b30", "#00c8ff", "#ffd60a", "#34e04a", "#ff6bff", "#ff9500")
-TITLES = {"Loc": "closest", "Col": "most alike", "Loc_Col": "most alike and close"}
+TITLES = {
+    "Loc": "Loc: the {} closest positions, the taps of a convolution",
+    "Col": "Col: the {} most similar positions",
+    "Loc_Col": "Loc_Col: the {} positions most similar and close",
+}
 
 
 @dataclass(frozen=True)
@@ -54,14 +68,14 @@ def statistics(data: Data) -> tuple[Tensor, Tensor]:
     return (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def take_sample(run: OpenRun, number: int) -> Shown:
-    """Take a test sample."""
+def take_sample(run: OpenRun, number: int, side: int, as_is: bool) -> Shown:
+    """Take a test sample; pictures to restore are reduced, as those of files are."""
     data = run.load_data()
     if not 0 <= number < len(data.test):
         raise ValueError(
             f"--sample {number}: there are {len(data.test)} test samples, counted from 0."
         )
-    inputs = data.test[number][0]
+    inputs, targets = data.test[number]
     if run.task.name == "classification":
         mean, std = statistics(data)
         return Shown(inputs * std + mean, inputs)
@@ -69,20 +83,27 @@ def take_sample(run: OpenRun, number: int) -> Shown:
         raise ValueError(
             f"--sample: the samples of --dataset {run.values['dataset']} are no pictures."
         )
-    return Shown(run.task.visible(inputs[None])[0], inputs)
+    if run.values["dataset"] == "pairs":  # noise that a camera made
+        return prepare(run, run.task.visible(inputs[None])[0], side, True)
+    clean = targets if isinstance(targets, Tensor) else targets[0]
+    return prepare(run, clean[: run.task.channels], side, as_is)
 
 
 def read_picture(run: OpenRun, path: str, side: int, as_is: bool) -> Shown:
-    """Read a picture, reduce it, and make of it what the network takes."""
-    restores = hasattr(run.task, "degrade")
-    channels = run.task.channels if restores else run.shape[0]
-    picture = read_image(path, color=channels == 3)[0].float() / 255
+    """Read a picture in as many channels as the network takes."""
+    channels = run.task.channels if hasattr(run.task, "degrade") else run.shape[0]
+    return prepare(run, read_image(path, color=channels == 3)[0].float() / 255, side, as_is)
+
+
+def prepare(run: OpenRun, picture: Tensor, side: int, as_is: bool) -> Shown:
+    """Reduce a picture (C, H, W), and make of it what the network takes."""
     height, width = picture.shape[1:]
-    factor = min(1.0, side / max(height, width))
+    smallest = run.choice.model_type.min_input_size
+    factor = max(min(1.0, side / max(height, width)), smallest / min(height, width))
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     size = getattr(run.model, "image_size", size)  # a ViT takes no other
     picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-    if not restores:
+    if not hasattr(run.task, "degrade"):
         mean, std = statistics(run.load_data())
         return Shown(picture, (picture - mean) / std)
     if as_is and run.task.extra_channels:
@@ -142,34 +163,47 @@ def choose_records(records: Sequence[Neighbors], names: Sequence[str] | None) ->
 
 def panels_of(record: Neighbors, most: int) -> list[tuple[str, str | int]]:
     """Return what each panel of a layer shows: its title, and another similarity or a group."""
+    count = record.indices.shape[-1]
     panels: list[tuple[str, str | int]] = [
-        (f"{name}: the {record.indices.shape[-1]} positions {TITLES[name]}", name)
-        for name in record.beside
+        (TITLES[name].format(count), name) for name in record.beside
     ]
     for group in range(min(most, record.num_groups)):
         if record.group:
             title = f"{record.group} {group + 1}"
         else:
-            taken = f"{record.taken}: " if record.taken in TITLES else ""
-            what = TITLES.get(record.taken, f"by {record.taken}, with weights")
-            title = f"{taken}the {record.indices.shape[-1]} positions {what}"
-        panels.append((title, group))
+            title = TITLES.get(record.taken, f"the {{}} positions by {record.taken}, with weights")
+        panels.append((title.format(count), group))
     return panels
+
+
+def share_shown(seen: Sequence[Seen], what: str | int, most: int) -> str:
+    """Say which part of the weights the drawn neighbors have, if it is not all."""
+    if isinstance(what, str) or seen[0].weights is None:
+        return ""
+    shares = [float(one.weights[what][:most].sum() / one.weights[what].sum()) for one in seen]
+    least, largest = min(shares), max(shares)
+    if least > 0.999:
+        return ""
+    span = (
+        f"{least:.0%}" if round(least, 2) == round(largest, 2) else f"{least:.0%} to {largest:.0%}"
+    )
+    return f" (drawn: {span} of the weight)"
 
 
 def draw_square(axes, center: Tensor, extent: Tensor, **style) -> None:
     """Draw the rectangle that a position covers."""
     from matplotlib.patches import Rectangle
 
-    low = center - extent / 2
-    axes.add_patch(Rectangle((low[1], low[0]), extent[1], extent[0], **style))
+    top, left = (center - extent / 2).tolist()
+    height, width = extent.tolist()
+    axes.add_patch(Rectangle((left, top), width, height, **style))
 
 
 def draw_panel(axes, picture: Tensor, seen: Sequence[Seen], what: str | int, most: int) -> None:
     """Draw the picture, and what every position takes."""
     color = picture.shape[0] == 3
     image = picture.permute(1, 2, 0) if color else picture[0]
-    axes.imshow(image.clamp(0, 1), cmap=None if color else "gray", vmin=0, vmax=1)
+    axes.imshow(image.clamp(0, 1).numpy(), cmap=None if color else "gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
     low, high = torch.full((2,), -0.5), torch.tensor(picture.shape[1:]) - 0.5
@@ -181,9 +215,10 @@ def draw_panel(axes, picture: Tensor, seen: Sequence[Seen], what: str | int, mos
         for center, share in zip(drawn, strength.tolist(), strict=True):
             if share < 0.02 or center.isnan().any():
                 continue
+            (row, col), (to_row, to_col) = one.query.tolist(), center.tolist()
             axes.plot(
-                [one.query[1], center[1]],
-                [one.query[0], center[0]],
+                [col, to_col],
+                [row, to_row],
                 color=tint,
                 linewidth=0.8,
                 alpha=0.2 + 0.6 * share,
@@ -193,8 +228,8 @@ def draw_panel(axes, picture: Tensor, seen: Sequence[Seen], what: str | int, mos
             low = torch.minimum(low, center - one.extent / 2)
             high = torch.maximum(high, center + one.extent / 2)
         draw_square(axes, one.query, one.extent, facecolor=tint, edgecolor="black", linewidth=1)
-    axes.set_xlim(low[1], high[1])
-    axes.set_ylim(high[0], low[0])
+    axes.set_xlim(float(low[1]), float(high[1]))
+    axes.set_ylim(float(high[0]), float(low[0]))
     axes.set_facecolor("#555555")  # the border of zeros, where somebody looks there
 
 
@@ -216,7 +251,7 @@ def draw(
     height, width = picture.shape[1:]
     size = 3.6 if columns <= 3 else 2.6
     figure = Figure(
-        figsize=(columns * size, len(rows) * (size * min(2.0, height / width) + 0.45)),
+        figsize=(columns * size, len(rows) * (size * min(2.0, height / width) + 0.3)),
         layout="constrained",
     )
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -226,7 +261,7 @@ def draw(
             axes.axis("off")
         for axes, (title, what) in zip(line, panels, strict=False):
             draw_panel(axes, picture, seen, what, most_neighbors)
-            axes.set_title(title, fontsize=9)
+            axes.set_title(title + share_shown(seen, what, most_neighbors), fontsize=9)
         if names:
             line[0].set_ylabel(record.name, fontsize=8)
     with atomic_path(path) as temporary:
@@ -285,7 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--side", type=int, default=96, help="longer side a picture is reduced to (default 96)"
     )
-    parser.add_argument("--as_is", action="store_true", help="add no noise to --image")
+    parser.add_argument("--as_is", action="store_true", help="add no noise to a picture")
     parser.add_argument(
         "--groups", type=int, default=4, help="heads or volumes to show at most (default 4)"
     )
@@ -307,7 +342,7 @@ def show(args: argparse.Namespace) -> Path:
     if args.image is not None:
         shown = read_picture(run, args.image, args.side, args.as_is)
     else:
-        shown = take_sample(run, args.sample or 0)
+        shown = take_sample(run, args.sample or 0, args.side, args.as_is)
     shape = tuple(shown.picture.shape[1:])
     positions = args.positions or striking_positions(shown.picture)
     for row, col in positions:

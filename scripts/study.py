@@ -4,6 +4,7 @@
     python scripts/study.py recall                 # run what is missing, then report
     DRY_RUN=1 python scripts/study.py recall       # print the commands and run nothing
     python scripts/study.py recall --minutes 30    # begin no further run after half an hour
+    python scripts/study.py family --cost          # what a step of every setting costs, then report
 
 Runs go to Output/studies/<study>/<setting>/seed<n>. A finished run is kept, an interrupted one gone
 on with; one that fails is named at the end and does not stop the rest. Seeds come in the outer
@@ -12,7 +13,9 @@ loop: a study cut short has the same seeds of every setting.
 The best epoch is chosen on held-out training data, and its test value is taken once. The report
 lies in docs/studies: <study>.md (mean ± standard deviation over seeds, the difference to the
 reference, and whether it is more than two standard deviations), <study>.csv (every epoch of every
-run) and <study>.png.
+run) and <study>.png. Runs on a shared machine say nothing about time: `--cost` measures
+time, FLOPs and memory of a training step of all settings in one process, when the machine is quiet,
+into <study>_cost.csv; the report then shows them, and <study>_cost.png draws accuracy over time.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -42,6 +46,15 @@ BRANCHING = "--layer Branching --width 22"
 TRANSFORMER = (
     "--model vit_tiny --resize 20 --patch_size 2 --num_layers 4 --num_heads 2 --d_hidden 24 "
     "--d_mlp 48 --pos_encoding learned"
+)
+CIFAR = (
+    "--dataset npz --data_path Data/cifar10.npz --resize 16 --limit_train 5000 --val_split 0.1 "
+    "--device cpu --batch_size 64 --num_epochs 6 --optimizer adam --lr 3e-3 --scheduler cosine"
+)
+NETWORK = "--model convnet --depth 4 --pool_after 2"
+TOKENS = (
+    "--model vit_tiny --patch_size 4 --num_layers 2 --num_heads 3 --d_hidden 24 --d_mlp 96 "
+    "--dropout 0 --weight_decay 1e-6"
 )
 
 
@@ -76,6 +89,30 @@ RIVALS = {
     "Conv2d, pooled twice": "--layer Conv2d --width 24 --pool_after 1,2",
     "ConvNN_Attn": "--layer ConvNN_Attn --width 31",
     "Branching_Attn": "--layer Branching_Attn --width 23",
+}
+
+GRAPHS = "--model vig_tiny --patch_size 4 --width 0.04 --K 4 --drop_path 0 --weight_decay 1e-6"
+FAMILY = {
+    "Conv2d": f"{NETWORK} --layer Conv2d --width 24",
+    "Conv2d_New, Loc_Col": f"{NETWORK} --layer Conv2d_New --width 23 --aggregation_type Loc_Col",
+    "ConvNN, Col": f"{NETWORK} --layer ConvNN --width 24",
+    "ConvNN, Loc_Col": (
+        f"{NETWORK} --layer ConvNN --width 23 --similarity_type Loc_Col --aggregation_type Loc_Col"
+    ),
+    "ConvNN_Attn": f"{NETWORK} --layer ConvNN_Attn --width 31",
+    "Branching": f"{NETWORK} --layer Branching --width 22",
+    "Branching_Attn": f"{NETWORK} --layer Branching_Attn --width 23",
+    "ViT, Attention": f"{TOKENS} --layer Attention",
+    "ViT, ConvNNAttention": f"{TOKENS} --layer ConvNNAttention",
+    "ViT, KvtAttention": f"{TOKENS} --layer KvtAttention",
+    "ViT, LocalAttention": f"{TOKENS} --layer LocalAttention --window_size 4",
+    "ViT, NeighborhoodAttention": f"{TOKENS} --layer NeighborhoodAttention",
+    "ViT, BranchConv": f"{TOKENS} --layer BranchConv --d_mlp 112",
+    "ViT, BranchAttention": f"{TOKENS} --layer BranchAttention --d_mlp 112",
+    "ViG, MaxRelative": f"{GRAPHS} --layer MaxRelative",
+    "ViG, EdgeConv": f"{GRAPHS} --layer EdgeConv",
+    "ViG, GraphSAGE": f"{GRAPHS} --layer GraphSAGE",
+    "ViG, GIN": f"{GRAPHS} --layer GIN",
 }
 
 STUDIES = {
@@ -148,6 +185,26 @@ STUDIES = {
         "about 2 minutes on one thread",
         f"{SMALL} --dataset npz --data_path Data/cifar10.npz --resize 16 --limit_train 5000",
         {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
+    ),
+    "family": Study(
+        "Everything that looks at the most similar, on 5,000 images of CIFAR-10 at 16 x 16 (from "
+        "an .npz file), at equal epochs and 12,500 to 17,300 parameters",
+        "about 8 minutes on one thread",
+        CIFAR,
+        FAMILY,
+    ),
+    "mnist1d": Study(
+        "MNIST-1D: which layer for signals, at about 10,000 parameters? (published CNN: 94 %)",
+        "about 3 minutes on one thread",
+        "--model cnn1d --dataset mnist1d --device cpu --batch_size 64 --num_epochs 20 "
+        "--optimizer adam --lr 3e-3 --scheduler cosine --val_split 0.1",
+        {
+            "Conv1d": "--layer Conv1d --width 32",
+            "ConvNN": "--layer ConvNN --width 19",
+            "ConvNN_Attn": "--layer ConvNN_Attn --width 23",
+            "Branching": "--layer Branching --width 21",
+            "Branching_Attn": "--layer Branching_Attn --width 21",
+        },
     ),
     "branch_ratio": Study(
         "Which part of the channels should neighbors make? (published: 0.5 on CIFAR-10)",
@@ -227,6 +284,19 @@ STUDIES = {
         {
             **{name: f"--layer {name}" for name in ("Conv2d", "ConvNN", "Branching")},
             "Branching, neighbors by location": "--layer Branching --similarity_type Loc",
+        },
+    ),
+    "shapes3d": Study(
+        "Which neighbors for points: by the features of each layer, or by location?",
+        "about 4 minutes on one thread",
+        "--model dgcnn --dataset shapes3d --device cpu --num_points 128 --num_train 4500 "
+        "--width 0.25 --K 10 --dropout 0.2 --batch_size 32 --num_epochs 4 "
+        "--optimizer adam --lr 2e-3 --scheduler cosine --val_split 0.1",
+        {
+            "EdgeConv, by location": "--layer EdgeConv --similarity_type Loc",
+            "EdgeConv, by features": "--layer EdgeConv --similarity_type Col",
+            "MaxRelative, by location": "--layer MaxRelative --similarity_type Loc",
+            "MaxRelative, by features": "--layer MaxRelative --similarity_type Col",
         },
     ),
     "growing": Study(
@@ -338,7 +408,56 @@ def verdict(values: list[float], reference: list[float], *, higher: bool) -> str
     return "better" if (difference > 0) == higher else "worse"
 
 
-def report_table(name: str, results: dict[str, list[dict]]) -> str:
+def read_costs(folder: Path, name: str) -> dict[str, dict[str, float]]:
+    """Read what `--cost` has measured, by setting; empty if it has not run."""
+    path = folder / f"{name}_cost.csv"
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row.pop("setting"): {k: float(v) for k, v in row.items()} for row in rows}
+
+
+def measure_costs(name: str, folder: Path, rounds: int) -> None:
+    """Measure a training step of every setting of a study, and write it as CSV."""
+    from study_costs import measure_costs as measure
+
+    study = STUDIES[name]
+    commands = {setting: f"{study.base} {flags}" for setting, flags in study.settings.items()}
+    rows = measure(commands, rounds)
+    path = folder / f"{name}_cost.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    print(f"{name}: {path}")
+
+
+def cost_lines(name: str, costs: dict[str, dict[str, float]]) -> list[str]:
+    """Word what `--cost` has measured as a table."""
+    if not costs:
+        return []
+    lines = [
+        "What one training step costs (one thread, all settings in turn in one process, median and "
+        f"quartiles; `python scripts/study.py {name} --cost`). FLOPs are those of a forward pass "
+        "of one sample, memory is the peak of a step:",
+        "",
+        "| setting | parameters | MFLOP | ms a step | MiB a step |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {setting} | {row['parameters']:,.0f} | {row['mflops']:.1f} | {row['step_ms']:.0f} "
+        f"({row['step_ms_low']:.0f} - {row['step_ms_high']:.0f}) | {row['step_mib']:.0f} |"
+        for setting, row in costs.items()
+    ]
+    return [*lines, "", f"![accuracy over time]({name}_cost.png)", ""]
+
+
+def report_table(
+    name: str, results: dict[str, list[dict]], costs: dict[str, dict[str, float]]
+) -> str:
     """Word a study as a page of Markdown."""
     study, first = STUDIES[name], next(iter(results.values()))[0]
     reference = [run["value"] for run in next(iter(results.values()))]
@@ -376,6 +495,7 @@ def report_table(name: str, results: dict[str, list[dict]]) -> str:
         "",
         f"![{name}]({name}.png)",
         "",
+        *cost_lines(name, costs),
     ]
     return "\n".join(lines)
 
@@ -405,7 +525,11 @@ def draw_figure(name: str, path: Path, results: dict[str, list[dict]]) -> None:
     axis = figure.subplots()
     for place, (setting, runs) in enumerate(results.items()):
         values = [run["value"] for run in runs]
-        color = "tab:orange" if "--layer Conv2d" in STUDIES[name].settings[setting] else "tab:blue"
+        color = (
+            "tab:orange"
+            if re.search(r"--layer Conv[12]d\b", STUDIES[name].settings[setting])
+            else "tab:blue"
+        )
         error = spread(values) if len(values) > 1 else 0.0
         axis.barh(place, statistics.mean(values), xerr=error, color=color, alpha=0.6, capsize=3)
         axis.plot(values, [place] * len(values), "k.", markersize=4)
@@ -422,6 +546,32 @@ def draw_figure(name: str, path: Path, results: dict[str, list[dict]]) -> None:
         figure.savefig(temporary, dpi=110)
 
 
+def draw_costs(
+    path: Path, results: dict[str, list[dict]], costs: dict[str, dict[str, float]]
+) -> None:
+    """Draw the metric over the time of a step, a point a setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axis = figure.subplots()
+    for setting, runs in results.items():
+        values = [run["value"] for run in runs]
+        error = spread(values) if len(values) > 1 else 0.0
+        place = (costs[setting]["step_ms"], statistics.mean(values))
+        marker = "s" if setting.startswith("Vi") else "o"
+        axis.errorbar(*place, yerr=error, marker=marker, capsize=3, linestyle="none")
+        axis.annotate(setting, place, (4, 4), textcoords="offset points", fontsize=7)
+    first = next(iter(results.values()))[0]
+    axis.set(
+        xscale="log",
+        xlabel="milliseconds of a training step, one thread",
+        ylabel=f"test {first['headline_name'].lower()}, {first['headline_unit']}",
+    )
+    axis.grid(alpha=0.3, which="both")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
 def report(name: str, folder: Path) -> None:
     """Write the page, the numbers and the figure of a study, of what is finished."""
     results = read_results(name)
@@ -431,7 +581,11 @@ def report(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_history(folder / f"{name}.csv", results)
     draw_figure(name, folder / f"{name}.png", results)
-    write_text(folder / f"{name}.md", report_table(name, results))
+    costs = {row: cost for row, cost in read_costs(folder, name).items() if row in results}
+    if costs:
+        measured = {row: runs for row, runs in results.items() if row in costs}
+        draw_costs(folder / f"{name}_cost.png", measured, costs)
+    write_text(folder / f"{name}.md", report_table(name, results, costs))
     print(f"{name}: {folder / f'{name}.md'}")
 
 
@@ -445,6 +599,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", metavar="SETTING", help="run these rows alone")
     parser.add_argument("--minutes", type=float, help="begin no further run after so many")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
+    parser.add_argument("--cost", action="store_true", help="run nothing, time a step of each row")
+    parser.add_argument("--rounds", type=int, default=15, help="steps that --cost times")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "studies", help="for reports")
     args = parser.parse_args(argv)
     if args.list:
@@ -460,7 +616,9 @@ def main(argv: list[str] | None = None) -> None:
     until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     failed = []
     for name in args.studies:
-        if not args.report:
+        if args.cost:
+            measure_costs(name, args.docs, args.rounds)
+        elif not args.report:
             seeds = args.seeds or STUDIES[name].seeds
             found = run_study(name, seeds, args.only, dry=dry, until=until)
             failed += [f"{name}: {line}" for line in found]

@@ -38,6 +38,7 @@ from tasks.generated import (
 )
 from tasks.generated import MatchOptions as MatchPictureOptions
 from tasks.language import LanguageTask, TextOptions, build_text
+from tasks.points import CloudOptions, ShapesOptions, build_pointcloud, build_shapes3d
 from tasks.restoration import (
     CleanFoldersOptions,
     PairedFoldersOptions,
@@ -45,6 +46,7 @@ from tasks.restoration import (
     build_pairs,
     build_photos,
 )
+from tasks.signals import MNIST1DOptions, UCROptions, build_mnist1d, build_ucr
 from tasks.super_resolution import SuperResolutionTask
 from tasks.task import Finding, Needs, Task
 
@@ -70,6 +72,7 @@ class DatasetEntry:
         Options: Its options.
         shape: Shape (C, H, W) of its samples where it is the same for everybody.
         num_classes: Number of classes, likewise.
+        inputs: Kind of its samples: "images", "signals" (C, L) or "points" (3 or 4, P).
     """
 
     tasks: tuple[str, ...]
@@ -77,6 +80,7 @@ class DatasetEntry:
     Options: type[Options] = Options
     shape: tuple[int, ...] | None = None
     num_classes: int | None = None
+    inputs: str = "images"
 
 
 def _labelled(
@@ -123,6 +127,12 @@ DATASETS: dict[str, DatasetEntry] = {
     "recall": DatasetEntry(("classification",), build_recall, RecallOptions),
     "match": DatasetEntry(("classification",), build_match, MatchPictureOptions),
     "copy": DatasetEntry(("classification",), build_copy, CopyOptions),
+    "mnist1d": DatasetEntry(("classification",), build_mnist1d, MNIST1DOptions, inputs="signals"),
+    "ucr": DatasetEntry(("classification",), build_ucr, UCROptions, inputs="signals"),
+    "shapes3d": DatasetEntry(("classification",), build_shapes3d, ShapesOptions, inputs="points"),
+    "pointcloud": DatasetEntry(
+        ("classification",), build_pointcloud, CloudOptions, inputs="points"
+    ),
     "denoise": DatasetEntry(("denoising", "super_resolution"), build_denoise, CleanFoldersOptions),
     "pairs": DatasetEntry(("denoising",), build_pairs, PairedFoldersOptions),
     "photos": DatasetEntry(("denoising", "super_resolution"), build_photos),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import Data
-from options import Options, option
+from options import OptionError, Options, option
 from run_folder import RunFolder
 from tasks.task import Evaluate, Needs, Task
 from utils import atomic_path
@@ -108,6 +108,22 @@ class ClassificationOptions(Options):
         choices=("CrossEntropy", "MSE"),
         trainers=("gradient",),
     )
+    label_smoothing: float = option(
+        0.0,
+        "share of each target that is spread over all classes, in training by cross-entropy",
+        least=0,
+        below=1,
+        trainers=("gradient",),
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse to smooth what is no cross-entropy."""
+        super().__post_init__()
+        if self.label_smoothing > 0 and self.criterion != "CrossEntropy":
+            raise OptionError(
+                f"label_smoothing {self.label_smoothing:g} is for criterion CrossEntropy (got "
+                f"{self.criterion}). Leave one of them out."
+            )
 
 
 class ClassificationTask(Task):
@@ -115,6 +131,8 @@ class ClassificationTask(Task):
 
     Args:
         criterion: "CrossEntropy" or "MSE".
+        label_smoothing: Share of the targets spread over all classes in training (C. Szegedy et
+            al., https://arxiv.org/abs/1512.00567).
         seed: Nothing is drawn at random.
     """
 
@@ -123,9 +141,11 @@ class ClassificationTask(Task):
     features = True
     Options = ClassificationOptions
 
-    def __init__(self, *, criterion: str = "CrossEntropy", seed: int = 0) -> None:
+    def __init__(
+        self, *, criterion: str = "CrossEntropy", label_smoothing: float = 0.0, seed: int = 0
+    ) -> None:
         super().__init__(seed=seed)
-        self.criterion = criterion
+        self.criterion, self.label_smoothing = criterion, label_smoothing
 
     def data_options(self, needs: Needs) -> dict[str, Any]:
         """Return what builders of labelled images take beside their own options."""
@@ -141,14 +161,34 @@ class ClassificationTask(Task):
         }
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of scores (B, classes) for labels (B,), in float32."""
+        """Return the mean loss of scores (B, classes) for labels, in float32.
+
+        Args:
+            outputs: Scores.
+            targets: Classes (B,), or shares of the classes (B, classes) where samples are mixed.
+        """
         if self.criterion == "MSE":
-            one_hot = F.one_hot(targets, outputs.shape[1]).to(torch.float32)
-            return F.mse_loss(outputs.float(), one_hot)
+            mixed = targets.ndim == 2
+            shares = targets if mixed else F.one_hot(targets, outputs.shape[1])
+            return F.mse_loss(outputs.float(), shares.to(torch.float32))
         return F.cross_entropy(outputs.float(), targets)
 
+    def objective(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss, of smoothed targets if that is asked for."""
+        if self.label_smoothing == 0:
+            return self.loss(outputs, targets)
+        return F.cross_entropy(outputs.float(), targets, label_smoothing=self.label_smoothing)
+
+    def blind_loss(self, num_outputs: int) -> float | None:
+        """Return the cross-entropy of equal scores."""
+        return math.log(num_outputs) if self.criterion == "CrossEntropy" else None
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return 100 where the class is the best, or among the best five, and 0 elsewhere."""
+        """Return 100 where the class is the best, or among the best five, and 0 elsewhere.
+
+        The class of a mixed sample is the one with the largest share.
+        """
+        targets = targets.argmax(1) if targets.ndim == 2 else targets
         best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
         hits = (best == targets[:, None]).float() * 100
         return {"top1": hits[:, 0], "top5": hits.sum(1)}

@@ -20,14 +20,15 @@ from dataset import Data, FeatureArray, build_loader
 __all__ = ["PCA", "check_features", "load_features", "penultimate_features"]
 
 
-def check_features(name: str, spec: str) -> None:
-    """Refuse what is no feature: raw, pca:N, or the checkpoint of a network.
+def check_features(name: str, spec: str, *, learns: bool = False) -> None:
+    """Refuse what is no feature: raw, pca:N, learned, or the checkpoint of a network.
 
     Args:
         name: Name of the option.
         spec: Its value.
+        learns: Whether the model can learn features of its own.
     """
-    if spec == "raw":
+    if spec == "raw" or (learns and spec == "learned"):
         return
     if spec.startswith("pca:"):
         number = spec.removeprefix("pca:")
@@ -37,8 +38,8 @@ def check_features(name: str, spec: str) -> None:
             )
     elif not Path(spec).is_file():
         raise ValueError(
-            f"{name} {spec} is neither raw, pca:N nor an existing checkpoint file (the best.pt of "
-            "a VGG or ResNet trained here)."
+            f"{name} {spec} is neither raw, pca:N{', learned' if learns else ''} nor an existing "
+            "checkpoint file (the best.pt of a VGG or ResNet trained here)."
         )
 
 
@@ -51,7 +52,8 @@ def load_features(
     """Load classification data in which every sample is replaced by its features.
 
     Args:
-        spec: "raw", "pca:N", or the checkpoint of a network trained here.
+        spec: "raw", "pca:N", the checkpoint of a network trained here, or "learned": the model
+            makes its own features of samples as they are.
         load: Loads the data as pixels in [0, 1].
         open_network: Loads, for a checkpoint, the data as its network wants it, the network, and
             the network's name.
@@ -60,7 +62,7 @@ def load_features(
     Returns:
         The data; ``extra["pictures"]`` is `load` where samples are no pictures any more.
     """
-    if spec == "raw":
+    if spec in ("raw", "learned"):
         return load()
     if spec.startswith("pca:"):
         flat = encode_data(load(), partial(torch.flatten, start_dim=1))

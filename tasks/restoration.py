@@ -36,6 +36,9 @@ __all__ = [
     "build_photos",
 ]
 
+# A network that changes less, as a share of the damage, has not learnt to restore.
+LEAST_CHANGE = 0.25
+
 # Damages clean images (B, C, H, W) or (C, H, W), drawing from a generator or the global one.
 Degrade = Callable[[Tensor, torch.Generator | None], Tensor]
 
@@ -639,9 +642,13 @@ class RestorationTask(Task):
         """Evaluate on the test set, with a table of images, and pictures if they are asked for."""
         base = full_dataset(data.test)
         report = ImageReport(base.names, run, self.before, self.after, pictures=self.save_images)
+        squares = torch.zeros(2, dtype=torch.float64)  # of what was changed, and of the damage
 
         def observe(inputs: Tensor, outputs: Tensor, clean: Tensor, metrics: Mapping) -> None:
-            report.add(self.visible(inputs), outputs, clean, metrics)
+            seen = self.visible(inputs)
+            report.add(seen, outputs, clean, metrics)
+            for i, other in enumerate((outputs, clean)):
+                squares[i] += (other.float() - seen).square().sum().item()
 
         metrics = evaluate(data.test, observe=observe)
         tiles = (
@@ -662,7 +669,14 @@ class RestorationTask(Task):
             f"neither {self.before} nor {self.after} images clipped; PSNR and SSIM per image, then "
             "averaged; SSIM with a Gaussian window of 11x11, sigma 1.5, zeros beyond the border."
         )
-        return metrics, [protocol, *report.lines()]
+        lines = [protocol, *report.lines()]
+        if squares[0] < LEAST_CHANGE**2 * squares[1]:
+            share = 100 * (squares[0] / squares[1]).sqrt()
+            lines.append(
+                f"note: the network all but returns its input: what it changes is {share:.0f} % of "
+                "the damage (root mean square). It is untrained, or trained for other pictures."
+            )
+        return metrics, lines
 
     def finish(
         self,

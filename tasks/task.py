@@ -156,6 +156,18 @@ class Task:
         """Return the scalar that is minimised, the mean over samples; None where there is none."""
         return None
 
+    def objective(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Return what training minimises, where it is not the loss that evaluation reports."""
+        return self.loss(outputs, targets)
+
+    def blind_loss(self, num_outputs: int) -> float | None:
+        """Return the loss of a model that holds all outputs for equally likely, if that is known.
+
+        Args:
+            num_outputs: Classes.
+        """
+        return None
+
     def metrics(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return one value per sample, (B,), for every metric."""
         raise NotImplementedError

@@ -137,6 +137,66 @@ def test_val_split_is_disjoint_and_not_augmented():
         split_train(data, 0.0001, seed=0)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["trivial", "rand"])
+def test_auto_augment_changes_every_image_by_itself(name, channels):
+    plain, changed = array(channels=channels), array(channels=channels, auto_augment=name)
+    indices = list(range(20))
+    torch.manual_seed(0)
+    images, labels = changed.__getitems__(indices)
+    torch.manual_seed(0)
+    again = torch.stack([dataset.augmentation(name)(image) for image in plain.images])
+    assert images.equal(again / 255)
+    assert labels.equal(plain.labels)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    different = (images != plain.__getitems__(indices)[0]).flatten(1).any(1)
+    assert different.sum() > 5
+
+
+def test_erasing_blanks_one_rectangle():
+    erased = array(n=50, side=16, erasing=0.5, mean=[0.25], std=[0.5])
+    plain = array(n=50, side=16, mean=[0.25], std=[0.5])
+    indices = list(range(50))
+    torch.manual_seed(0)
+    images, wanted = erased.__getitems__(indices)[0], plain.__getitems__(indices)[0]
+    blank = images != wanted
+    share = blank.flatten(1).any(1).double().mean()
+    assert 0.2 < share < 0.8
+    assert (images[blank] == 0).all()
+    for mask in blank[:, 0]:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        if len(rows):
+            inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert inside.double().mean() > 0.9  # a pixel may have been 0 before
+
+
+def test_nothing_held_out_or_tested_is_augmented():
+    changes = {"augment": True, "auto_augment": "rand", "random_erasing": 1.0}
+    data = load_data("digits", data_path="", **(OPTIONS | changes))
+    parts = split_train(data, 0.25, seed=0)
+    for part in (parts.val, parts.test):
+        assert part[3][0].equal(part[3][0])
+        assert not part.crop
+        assert part.auto_augment is None
+        assert part.erasing == 0
+    assert parts.train.auto_augment == "rand"
+    assert parts.train.erasing == 1
+    assert (parts.train[3][0] == 0).any()
+
+
+def test_a_loader_mixes_whole_batches():
+    def mix(images, labels):
+        return images + images.flip(0), labels + labels.flip(0)
+
+    for data in (array(), [array()[i] for i in range(20)]):
+        plain = list(build_loader(data, batch_size=6, shuffle=True))
+        mixed = list(build_loader(data, batch_size=6, shuffle=True, mix=mix))
+        for (x, y), (found, labels) in zip(plain, mixed, strict=True):
+            assert found.equal(x + x.flip(0))
+            assert labels.equal(y + y.flip(0))
+
+
 def test_limit_keeps_the_first():
     limited = dataset.limit(array(), 4)
     assert len(limited) == 4
@@ -321,6 +381,17 @@ def test_folders(tmp_path, name):
     images, labels = next(iter(build_loader(data.test, batch_size=4, num_workers=1)))
     assert images.shape == (4, 3, 32, 32)
     assert labels.tolist() == [0, 0, 0, 1]
+
+
+def test_folders_are_augmented_and_erased(tmp_path):
+    make_folders(tmp_path)
+    changes = {"resize": 32, "auto_augment": "rand", "random_erasing": 1.0}
+    data = load_data("imagefolder", data_path=str(tmp_path), **(OPTIONS | changes))
+    assert not torch.equal(data.train[0][0], data.train[0][0])
+    assert (data.train[0][0] == 0).all(0).any()
+    torch.testing.assert_close(data.test[0][0], data.test[0][0])
+    parts = split_train(data, 0.5, seed=0)
+    torch.testing.assert_close(parts.val[0][0], parts.val[0][0])
 
 
 def test_bad_folders(tmp_path):

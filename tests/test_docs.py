@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import results_tables
 import torch
 from pages import PAGES, ROOT, Command, commands, examples, fences, name_of, spans
 from PIL import Image
@@ -47,16 +48,24 @@ SMALL_MODELS = {
     "DenseNet": "--width 0.1",
     "UNet": "--channels 4 --num_levels 2 --resize 16",
     "ConvNet": "--width 4",
+    "CNN1d": "--width 4",
+    "ResNet1d": "--width 0.05",
     "ViT": "--num_layers 1 --num_heads 2 --d_hidden 8 --d_mlp 8 --resize 16 --patch_size 4",
+    "ViG": "--width 0.05 --K 2 --resize 16",
+    "PyramidViG": "--width 0.05 --K 2 --resize 16",
+    "DGCNN": "--width 0.05 --K 2",
     "DnCNN": "--features 4 --depth 3",
     "N3Net": "--features 4 --depth 3 --embed_features 4 --embed_depth 2 --window 5",
     "CNNet": "--features 8 --depth 2",
-    "DynamicNetwork": "--max_neighbors 300",
+    "DynamicNetwork": "--max_neighbors 300 --learned_width 4 --learned_epochs 1",
 }
 SMALL_DATA = {
     "recall": "--num_train 24 --num_test 8",
     "match": "--num_train 24 --num_test 8",
     "copy": "--num_train 24 --num_test 8",
+    "mnist1d": "--num_train 24 --num_test 8",
+    "shapes3d": "--num_train 24 --num_test 8 --num_points 80",
+    "pointcloud": "--num_points 9",
     "photos": "--crop_size 24 --crops_per_image 1",
     "denoise": "--crop_size 24 --crops_per_image 1",
     "pairs": "--crop_size 24 --crops_per_image 1",
@@ -102,8 +111,21 @@ def story(path: Path) -> None:
 
 
 def labelled(path: Path) -> None:
-    """Make folders of classes, or an .npz file."""
+    """Make folders of classes, of pictures or of point clouds, or an .npz file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tsv":
+        for name in (path.name, path.name.replace("TRAIN", "TEST")):
+            lines = (f"{i % 2}\t" + "\t".join(str(j * i % 7) for j in range(32)) for i in range(8))
+            path.with_name(name).write_text("\n".join(lines))
+        return
+    if path.name == "clouds":
+        for part in PARTS:
+            for name in ("box", "ball"):
+                (path / part / name).mkdir(parents=True)
+                for number in range(8):
+                    points = np.random.default_rng(number).random((12, 3))
+                    np.savetxt(path / part / name / f"{number}.xyz", points)
+        return
     if path.suffix == ".npz":
         rng = np.random.default_rng(0)
         arrays = {f"x_{part}": rng.integers(0, 256, (8, 32, 32, 3), np.uint8) for part in PARTS}
@@ -181,9 +203,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def reader(folder, monkeypatch):
-    """A reader's folder and interpreter; nothing is downloaded."""
+    """A folder of a reader, who downloads nothing."""
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("MPLBACKEND", raising=False)
     for name in DOWNLOADED:
         monkeypatch.setitem(DATASETS, name, tiny(DATASETS[name]))
     torch.manual_seed(0)
@@ -280,10 +301,11 @@ def run_python(monkeypatch, path: Path, words: list[str]) -> None:
     if path.name == "compare_runs.py":
         make_run("Output/ResNet/ConvNN")
         run()
-    elif path.name == "export_weights.py":
+    elif path.name == "export.py":
         words = [former_run([]) if word == "RUN" else word for word in words]
         make_run(words[0])
-        monkeypatch.setattr(sys, "argv", [str(path), words[0], "out.safetensors"])
+        target = f"out{Path(words[1]).suffix or '.safetensors'}"
+        monkeypatch.setattr(sys, "argv", [str(path), words[0], target, *words[2:]])
         run()
     elif path.name == "study.py" and (words == ["--list"] or set(words) <= set(study_names())):
         monkeypatch.setenv("DRY_RUN", "1")
@@ -312,7 +334,7 @@ def test_commands_work(command: Command, monkeypatch, capsys):
     if program == "torchrun":
         at = words.index("main.py")
         assert words[:at] == ["--nproc_per_node", "2"]
-        program, words = "python", words[at:]
+        program, words = "python", [w for w in words[at:] if w != "--fsdp"]  # alone here
     if Path(program).name in ("python", "python3"):
         program, *words = words
     if program == "main.py":
@@ -396,3 +418,10 @@ def test_the_command_of_the_tests_is_that_of_the_automatic_check():
     assert f".venv/bin/{command}" in (ROOT / "README.md").read_text("utf-8")
     with contextlib.suppress(FileNotFoundError):
         assert command in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", results_tables.PAGES)
+def test_pages_hold_the_results_of_the_studies(name):
+    table = results_tables.results_table(results_tables.PAGES[name])
+    hint = "run: python scripts/results_tables.py --write"
+    assert table in (ROOT / name).read_text("utf-8"), hint

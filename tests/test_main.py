@@ -156,8 +156,10 @@ def test_first_and_last_lines(run, capsys):
     assert lines[1] == "Data: digits, 40 training, 10 validation, 30 test samples of 1x8x8"
     assert re.fullmatch(r"Device: cpu, \d+ threads?; 1 epochs of batches of 20", lines[2])
     assert lines[3] == "Run folder: run"
-    assert lines[-3:] == [
-        "All of it is in run.",
+    size = r"\d+\.\d [kM]B"
+    kept = rf"\({size}; last\.pt {size}, best\.pt {size}, --save keeps fewer\)"
+    assert re.fullmatch(rf"All of it is in run {kept}\.", lines[-3])
+    assert lines[-2:] == [
         "Test it:    python main.py --test_only --output_dir run",
         "Compare it: python scripts/compare_runs.py run OTHER_FOLDERS",
     ]
@@ -213,7 +215,13 @@ def test_run_leaves_a_complete_folder(run, tmp_path):
     )
     assert re.search(line, text)
     assert max(len(line) for line in text.splitlines() if line.startswith("[Epoch")) < 120
-    assert re.search(r"Average Epoch Time: \d+\.\d+s\n", text)
+    pace = r"\(training (\d+\.\d+)s, (\d+) samples/s\)"
+    seconds, rate = re.search(rf"Average Epoch Time: \d+\.\d+s {pace}\n", text).groups()
+    assert float(seconds) * int(rate) == pytest.approx(50, rel=0.01)
+    for row in rows(folder, "timing.csv"):
+        product = float(row["train_seconds"]) * float(row["train_samples_per_second"])
+        assert product == pytest.approx(50)
+        assert float(row["train_seconds"]) < float(row["seconds"])
     assert re.search(r"Max Accuracy: \d+\.\d+% at Epoch [12]\n", text)
     assert "chosen on the test set" in text
     assert [row["epoch"] for row in rows(folder)] == ["1", "2"]

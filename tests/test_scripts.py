@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_family
 import compare_runs
 import flag_tables
 import pytest
@@ -202,6 +203,13 @@ def test_a_study_runs_reports_and_goes_on(small_study, capsys, monkeypatch):
     rows = list(csv.DictReader((docs / "small.csv").read_text().splitlines()))
     assert [row["setting"] for row in rows] == ["Conv2d", "Conv2d, 5x5"]
     assert all(float(row["chosen_test_top1"]) >= 0 for row in rows)
+    study.main(["small", "--cost", "--rounds", "2", "--docs", str(docs)])
+    assert "bad cannot be measured" in capsys.readouterr().out
+    costs = list(csv.DictReader((docs / "small_cost.csv").read_text().splitlines()))
+    assert [row["setting"] for row in costs] == ["Conv2d", "Conv2d, 5x5"]
+    assert float(costs[1]["mflops"]) > float(costs[0]["mflops"]) > 0
+    assert "MiB a step" in (docs / "small.md").read_text()
+    assert (docs / "small_cost.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("DRY_RUN", "1")
     study.main(["small"])
     lines = capsys.readouterr().out.splitlines()
@@ -254,3 +262,9 @@ def test_sweeps_explain_themselves(script):
     assert done.returncode == 0
     assert "OUT" in done.stdout
     assert "#" not in done.stdout
+
+
+@pytest.mark.parametrize("name", bench_family.PLAIN)
+def test_both_sides_of_the_family_benchmark_compute_the_same(name):
+    plain, ours = (bench_family.make_step(name, side, 64)() for side in (True, False))
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)

@@ -17,6 +17,7 @@ ALLOWED = {
     "files": {"utils"},
     "dataset": {"options", "utils", "files"},
     "tasks": {"tasks", "dataset", "files", "run_folder", "utils", "options"},
+    "trackers": set(),
     "faults": set(),
     "ranks": set(),
     "environment": {"utils", "checkpoints", "run_folder"},
@@ -33,7 +34,7 @@ ALLOWED = {
         *("tasks", "trainers", "utils"),
     },
 }
-ALLOWED["commandline"] = {"builders", *ALLOWED["builders"], "environment"}
+ALLOWED["commandline"] = {"builders", *ALLOWED["builders"], "environment", "trackers"}
 ALLOWED["main"] = {*ALLOWED}
 ALLOWED["hubconf"] = {"builders", "checkpoints", "layers", "models", "options"}
 OURS = set(ALLOWED)
@@ -120,6 +121,13 @@ def test_networks_need_torch_alone(place):
         assert "models.neighbors" not in imported(path), path
 
 
+def test_triton_is_imported_by_its_kernels_alone():
+    kernels = ROOT / "ops" / "triton"
+    for place in OURS:
+        for path in files_of(place):
+            assert path.parent == kernels or "triton" not in roots(imported(path)), path
+
+
 def run_python(code, folder):
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -141,7 +149,7 @@ def test_importing_prints_nothing_and_seeds_nothing(tmp_path):
 def test_refusing_a_command_line_loads_nothing_it_does_not_use(tmp_path):
     slow = ["torchvision", "sklearn", "matplotlib", "torchmetrics", "torchinfo", "PIL"]
     # What PyTorch's own kernels for the meta device load takes as long as PyTorch itself.
-    slow += ["torch.utils.flop_counter", "torch._meta_registrations"]
+    slow += ["torch.utils.flop_counter", "torch._meta_registrations", "triton"]
     for flags in (
         ["--help"],
         ["--K", "100000"],

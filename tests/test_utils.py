@@ -208,10 +208,11 @@ def test_learning_curves_are_a_picture(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_best_is_the_same_file_as_last(tmp_path):
+def test_best_is_the_same_file_as_last_where_nothing_is_left_out(tmp_path):
     run = RunFolder(tmp_path)
-    run.save({"model": {}, "x": 1}, best=True)
-    run.save({"model": {}, "x": 2}, best=False)
+    run.save({"model": {}, "trainer": {}, "x": 1}, best=True)
+    assert (tmp_path / "best.pt").samefile(tmp_path / "last.pt")
+    run.save({"model": {}, "trainer": {}, "x": 2}, best=False)
     assert torch.load(tmp_path / "best.pt", weights_only=True)["x"] == 1
     assert torch.load(tmp_path / "last.pt", weights_only=True)["x"] == 2
     assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt"}

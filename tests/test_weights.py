@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_weights import main as export
+from export import main as export
 from PIL import Image
 
 import commandline

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,16 @@ import ranks
 from checkpoints import CheckpointError, check_form
 from options import option
 from ranks import world_size
-from run_folder import TrainingError
-from trainers.trainer import Trainer, TrainingOptions
+from run_folder import Measured, Pass, TrainingError
+from trainers.recipe import (
+    RecipeOptions,
+    Warmup,
+    build_average,
+    build_mix,
+    check_recipe,
+    set_channels_last,
+)
+from trainers.trainer import Trainer
 from utils import autocast
 
 __all__ = [
@@ -26,11 +34,12 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "compile_model",
+    "load_optimizer",
 ]
 
 
 @dataclass(frozen=True)
-class GradientOptions(TrainingOptions):
+class GradientOptions(RecipeOptions):
     """Optimizer, schedule and precision of gradient descent."""
 
     title = "Training by gradient"
@@ -53,6 +62,12 @@ class GradientOptions(TrainingOptions):
     )
     sync_bn: bool = option(
         False, "under torchrun: batch norm by the statistics of all processes' samples"
+    )
+    fsdp: bool = option(
+        False,
+        "under torchrun: every process holds a part of the parameters and optimizer states, for "
+        "models that one card does not hold (PyTorch's fully_shard)",
+        resumable=True,
     )
     debug_nan: bool = option(
         False,
@@ -100,7 +115,7 @@ def build_optimizer(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters: list[Any] = [p for _, p in named]
     # One pass over each parameter instead of a dozen: an AdamW step of VGG costs a third.
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and not ranks.is_part(p) for p in parameters)
     if not decay_bias:
         biases = [p for key, p in named if key.rpartition(".")[2] == "bias"]
         parameters = [p for key, p in named if key.rpartition(".")[2] != "bias"]
@@ -189,7 +204,15 @@ class GradientTrainer(Trainer):
         clip_grad_norm: Largest norm of all gradients together; 0 does not clip.
         accum_steps: Parts that a batch is gone through in.
         sync_bn: Batch norm over all processes; see `ranks.SyncedBatchNorm`.
+        fsdp: Every process holds a part of the parameters; see `ranks.shard_parameters`.
         debug_nan: Look at the loss after every step.
+        warmup_epochs: Epochs in which the learning rate rises; see `trainers.recipe.Warmup`.
+        mixup: See `trainers.recipe.build_mix`, as is cutmix.
+        cutmix: See there.
+        ema: Decay of the average that is evaluated and saved; 0: the weights are.
+        num_classes: Number of classes.
+        sample_shape: Shape of a sample.
+        steps_per_epoch: Steps of an epoch.
 
     Under torchrun every process takes its part of each batch (DistributedDataParallel); gradients
     are those of the mean over the whole batch, whether or not it divides.
@@ -200,7 +223,6 @@ class GradientTrainer(Trainer):
     has_loss = True
     normalize = True
     rehearses = True
-    shares = True
     splits = True
     advice = (
         "Try a smaller --lr, or --clip_grad_norm 1.0; without --use_amp numbers have more range."
@@ -226,10 +248,23 @@ class GradientTrainer(Trainer):
         clip_grad_norm: float = 1.0,
         accum_steps: int = 1,
         sync_bn: bool = False,
+        fsdp: bool = False,
         debug_nan: bool = False,
+        warmup_epochs: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        ema: float = 0.0,
+        num_classes: int = 1,
+        sample_shape: Sequence[int] = (),
+        steps_per_epoch: int = 1,
     ) -> None:
         super().__init__(model, task, device=device)
-        self.debug_nan = debug_nan
+        self.debug_nan, self.num_classes = debug_nan, num_classes
+        self.mix = build_mix(mixup, cutmix, num_classes, sample_shape)
+        self.network: nn.Module = model  # what a batch goes through
+        self.totals = ranks.Totals()
+        if ranks.initialised():
+            self._join(sync_bn, fsdp)
         self.amp, self.clip_grad_norm = use_amp, clip_grad_norm
         self.accum_steps = accum_steps
         self._build_optimizer = partial(
@@ -249,18 +284,41 @@ class GradientTrainer(Trainer):
             lr_gamma=lr_gamma,
             lr_final=lr_final,
         )
+        self.warmup = Warmup(self.optimizer, round(warmup_epochs * steps_per_epoch))
+        self.average = build_average(model, ema)
         self.scaler = torch.amp.GradScaler("cuda", enabled=use_amp and device.type == "cuda")
         self._losses: list[Tensor] = []
-        self.network: nn.Module = model  # what a batch goes through
-        if ranks.initialised():
-            if sync_bn:
-                ranks.synchronise_norms(model)
-            warnings.filterwarnings("ignore", message="Grad strides do not match")
-            self.network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+    def _join(self, sync_bn: bool, fsdp: bool) -> None:
+        """Share the work with the other processes."""
+        if sync_bn:
+            self.totals = ranks.synchronise_norms(self.model)
+        if fsdp:
+            ranks.shard_parameters(self.model)
+            return
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
+        self.network = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
-        """Refuse to compile without a compiler."""
+        """Refuse what cannot work: a recipe, several processes, compiling without a compiler."""
+        check_recipe(values, task_name)
+        processes = world_size()
+        if processes > 1 and values["sync_bn"] and values["accum_steps"] > 1:
+            raise ValueError(
+                f"--sync_bn and --accum_steps {values['accum_steps']} with {processes} processes: "
+                "batch norm would see parts of the batch that change with the number of "
+                "processes. Start more processes instead of --accum_steps, or leave --sync_bn out."
+            )
+        if processes > 1 and values["fsdp"]:
+            for other, why in (
+                ("use_compiled", "a compiled network would hold on to gathered parameters"),
+                ("ema", "the average would be of one process's part of the weights"),
+                ("channels_last", "parts of parameters lie in memory as plain rows"),
+                ("use_amp", "loss scaling would see one process's part of the gradients"),
+            ):
+                if values[other]:
+                    raise ValueError(f"--fsdp with --{other}: {why}. Leave one of them out.")
         if values["use_compiled"] and not has_cpp_compiler():
             raise ValueError(
                 "--use_compiled needs a C++ compiler and found none (g++, clang++, or $CXX). "
@@ -270,13 +328,24 @@ class GradientTrainer(Trainer):
     @classmethod
     def copies(cls, values: Mapping[str, Any]) -> int:
         """Return how often training holds the parameters: themselves, gradients, states."""
-        return 3 if values["optimizer"] == "sgd" else 4
+        return (3 if values["optimizer"] == "sgd" else 4) + (values["ema"] > 0)
 
     @classmethod
     def prepare(cls, model: nn.Module, values: Mapping[str, Any]) -> None:
-        """Compile the model, if that is asked for."""
+        """Order the model's memory and compile it, if that is asked for."""
+        if values["channels_last"]:
+            set_channels_last(model)
         if values["use_compiled"]:
             compile_model(model, values["compile_mode"])
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved: the average, if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def loader_options(self, batch_size: int) -> dict[str, Any]:
+        """Shuffle, and mix the samples of a batch, if that is asked for."""
+        return {"shuffle": True} | ({} if self.mix is None else {"mix": self.mix})
 
     def step(self, batch: Any, share: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
         """Take one gradient step; return per-sample metrics (B,).
@@ -295,9 +364,7 @@ class GradientTrainer(Trainer):
                 inputs, targets = inputs[part], targets[part]
             counts = end > begin
             weight = world_size() * (end - begin) / size
-            for module in self.model.modules():
-                if isinstance(module, ranks.SyncedBatchNorm):
-                    module.weighs = counts
+            self.totals.weighs = counts
         self.optimizer.zero_grad(set_to_none=True)
         parts = [(inputs, targets)]
         if self.accum_steps > 1:
@@ -305,11 +372,10 @@ class GradientTrainer(Trainer):
             parts = list(zip(*chunks, strict=True))
         losses, metrics = [], []
         for number, (x, y) in enumerate(parts, start=1):
-            last = number == len(parts) or self.network is self.model
-            with contextlib.nullcontext() if last else self.network.no_sync():
+            with self._apart(number < len(parts)):
                 with autocast(self.device, self.amp):
                     outputs = self.network(x)
-                    loss = self.task.loss(outputs, y)
+                    loss = self.task.objective(outputs, y)
                 factor = weight * len(x) / len(inputs)
                 self.scaler.scale(loss if factor == 1 else loss * factor).backward()
             losses.append(loss.detach() * (len(x) / len(inputs)))
@@ -318,8 +384,11 @@ class GradientTrainer(Trainer):
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+        with self.warmup.step():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self._losses.append(loss)
         if not counts:
@@ -328,6 +397,40 @@ class GradientTrainer(Trainer):
             metrics = [{name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}]
         count = len(next(iter(metrics[0].values())))
         return {"loss": loss.expand(count), **metrics[0]}
+
+    def _apart(self, apart: bool) -> contextlib.AbstractContextManager:
+        """Whether gradients stay in the processes, as a later part of the batch adds to them."""
+        if self.network is not self.model:
+            return self.network.no_sync() if apart else contextlib.nullcontext()
+        if ranks.in_parts(self.model):
+            self.model.set_requires_gradient_sync(not apart)
+        return contextlib.nullcontext()
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the model's state, whole."""
+        if not ranks.in_parts(self.model):
+            return super().model_state()
+        return ranks.whole(self.model.state_dict())
+
+    def load_model(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take back a model's state."""
+        if not ranks.in_parts(self.model):
+            super().load_model(checkpoint)
+            return
+        own = self.model.state_dict()
+        state = {
+            name: ranks.part_like(value, own.get(name, value))
+            for name, value in checkpoint["model"].items()
+        }
+        super().load_model({**checkpoint, "model": state})
+
+    def load_best(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Take the weights that the first process has read."""
+        if not ranks.in_parts(self.model):
+            super().load_best(checkpoint)
+            return
+        weights = None if checkpoint is None else {"model": checkpoint["model"]}
+        self.load_model(ranks.broadcast_object(weights))
 
     def finite(self, epoch: int, step: int) -> None:
         """Raise TrainingError if a loss since the last check is not finite, in any process."""
@@ -344,20 +447,24 @@ class GradientTrainer(Trainer):
     def end_batches(self) -> None:
         """Let all processes evaluate with the same statistics of batch norm: the first one's."""
         ranks.broadcast_module(self.model, buffers_only=True)
+        if self.average is not None:
+            ranks.broadcast_module(self.average.module, buffers_only=True)
 
     def sound(self, epoch: int, step: int) -> None:
-        """Raise TrainingError if a parameter or buffer is not finite."""
+        """Raise TrainingError if a parameter or buffer is not finite, in any process."""
         named = [
-            (name, value)
+            (name, ranks.own_part(value))
             for name, value in self.model.state_dict().items()
             if value.is_floating_point()
         ]
         if not named:
             return
         finite = torch.stack([value.isfinite().all() for _, value in named]).tolist()
-        if not all(finite):
+        wrong = None if all(finite) else named[finite.index(False)][0]
+        found = [name for name in ranks.gather(wrong) if name is not None]
+        if found:
             raise TrainingError(
-                f"{named[finite.index(False)][0]} is not finite after step {step} of epoch "
+                f"{found[0]} is not finite after step {step} of epoch "
                 f"{epoch}: the weights are ruined, and not saved. {self.advice}"
             )
 
@@ -371,12 +478,33 @@ class GradientTrainer(Trainer):
 
     def columns(self) -> dict[str, float]:
         """Return the learning rate."""
-        return {"lr": self.optimizer.param_groups[0]["lr"]}
+        return {"lr": self.warmup.rate}
+
+    def measure(self, trained: Pass, evaluate: Any, sets: Mapping[str, Any]) -> Measured:
+        """Evaluate and word an epoch; say what helps if the first one's loss was very large."""
+        measured = super().measure(trained, evaluate, sets)
+        blind, loss = self.task.blind_loss(self.num_classes), trained.metrics.get("loss")
+        if trained.epoch == 1 and blind is not None and loss is not None and loss > 2 * blind:
+            rate = self.optimizer.param_groups[0]["lr"]
+            warmer = "" if self.warmup.steps else "--warmup_epochs 1, or "
+            measured.lines.append(
+                f"note: guessing among {self.num_classes} classes has a loss of {blind:.2f}, and "
+                f"the first epoch had {loss:.2f}: its steps were too large. What helps: {warmer}a "
+                f"smaller --lr, say {rate / 10:g}."
+            )
+        return measured
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimizer, schedule and loss scaling."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
+        """Return the state of optimizer, schedule, loss scaling and warm-up.
+
+        Where an average is evaluated and saved, the weights that are trained stand here too.
+        """
+        state: dict[str, Any] = {"steps": self.warmup.done}
+        if self.average is not None:
+            state["averaged"] = int(self.average.n_averaged)
+            state["weights"] = self.model.state_dict()
+        return state | {
+            "optimizer": ranks.whole(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else _plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(),
         }
@@ -387,18 +515,8 @@ class GradientTrainer(Trainer):
         Raises:
             CheckpointError: If an entry is of another form.
         """
-        groups = self.optimizer.state_dict()["param_groups"]
-        check_form(
-            [group["params"] for group in state["optimizer"]["param_groups"]],
-            [group["params"] for group in groups],
-            "optimizer['param_groups']",
-        )
-        self.optimizer.load_state_dict(state["optimizer"])
-        for number, group in enumerate(groups):
-            found = self.optimizer.state_dict()["param_groups"][number]
-            known = {name: found.get(name) for name in group}  # PyTorch's versions add some
-            check_form(known, group, f"optimizer['param_groups'][{number}]")
-        check_optimizer_state(self.optimizer, self._build_optimizer)
+        stored = self._own_parts(state["optimizer"])
+        load_optimizer(self.optimizer, stored, self._build_optimizer)
         if self.scheduler is not None:
             own = self.scheduler.state_dict()
             stored = {**_plain(own), **state["scheduler"]}
@@ -408,6 +526,58 @@ class GradientTrainer(Trainer):
         if self.scaler.is_enabled() and state["scaler"]:
             check_form(state["scaler"], self.scaler.state_dict(), "scaler")
             self.scaler.load_state_dict(state["scaler"])
+        steps = state.get("steps", 0)
+        check_form(steps, 0, "trainer['steps']")
+        self.warmup.done = steps
+        if self.average is not None:
+            check_form(state["averaged"], 0, "trainer['averaged']")
+            check_form(state["weights"], dict(self.model.state_dict()), "trainer['weights']")
+            self.average.n_averaged.fill_(state["averaged"])
+            self.model.load_state_dict(state["weights"])
+
+    def _own_parts(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return an optimizer's state with this process's parts of what is in parts."""
+        if not ranks.in_parts(self.model):
+            return state
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = {
+            number: {
+                name: ranks.part_like(v, parameters[number]) if isinstance(v, Tensor) else v
+                for name, v in values.items()
+            }
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": own}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    build: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    """Load the state of an optimizer, and refuse one that it could not go on with.
+
+    Args:
+        optimizer: The optimizer, as it was built.
+        state: What its ``state_dict`` returned.
+        build: Builds one like it, see :func:`check_optimizer_state`.
+
+    Raises:
+        CheckpointError: If an entry is of another form.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    check_form(
+        [group["params"] for group in state["param_groups"]],
+        [group["params"] for group in groups],
+        "optimizer['param_groups']",
+    )
+    optimizer.load_state_dict(state)
+    for number, group in enumerate(groups):
+        optimizer.param_groups[number]["fused"] = group["fused"]  # as it suits this run
+        found = optimizer.state_dict()["param_groups"][number]
+        known = {name: found.get(name) for name in group}  # PyTorch's versions add some
+        check_form(known, group, f"optimizer['param_groups'][{number}]")
+    check_optimizer_state(optimizer, build)
 
 
 def check_optimizer_state(

@@ -1,16 +1,18 @@
 """Learning by growth: a network adds the samples that it still gets wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import ranks
 from checkpoints import check_form, check_rows, load_checkpoint, save_checkpoint
 from options import option
-from run_folder import RunFolder
+from run_folder import RunFolder, TrainingError
 from trainers.trainer import Trainer, TrainingOptions
+from trainers.votes import VoteLearner
 from utils import CsvLog, plot_growth
 
 __all__ = ["GrowthOptions", "GrowthTrainer"]
@@ -23,9 +25,28 @@ class GrowthOptions(TrainingOptions):
     title = "Training by growth (--model dynamic)"
     dynamic_features: str = option(
         "raw",
-        "what is compared (classification): pixels, their N principal components, or what "
-        "the last layer of a network trained here sees (its best.pt)",
-        metavar="raw|pca:N|FILE",
+        "what is compared (classification): pixels, their N principal components, what a small "
+        "network sees that learns before growth begins, or what the last layer of a network "
+        "trained here sees (its best.pt)",
+        metavar="raw|pca:N|learned|FILE",
+    )
+    learned_epochs: int = option(
+        5, "learned features: passes before growth begins", least=1, most=10**6
+    )
+    learned_batch: int = option(
+        256, "learned features: samples that vote on each other", least=2, most=65536
+    )
+    learned_lr: float = option(
+        3e-3,
+        "learned features: learning rate of AdamW, falling to 0 by a cosine",
+        above=0,
+        most=1e6,
+    )
+    learned_temperature: float = option(
+        0.1,
+        "learned features: half the squared distance at which a vote weighs 1/e",
+        above=0,
+        most=1e6,
     )
     balanced_first_batch: bool = option(False, "the first batch holds all classes equally often")
     prune: bool = option(
@@ -44,8 +65,12 @@ class GrowthTrainer(Trainer):
     The model offers ``grow(inputs, targets) -> outputs``: its outputs for the batch once it has
     learnt it, going over it by its own `batch_size`. It may offer ``end_pass() -> bool``: whether
     there is no more to learn, ``num_stages``: the passes it takes, ``growth``: a list of rows, one
-    a batch grown, ``num_centers``, and ``prune(inputs, targets)``. When memory is full, the model
-    raises MemoryError: what was learnt is then kept, evaluated and saved, and the run ends.
+    a batch grown, ``num_centers``, ``prune(inputs, targets)``, and a ``transform`` that learns
+    features before anything grows. When memory is full, the model raises MemoryError: what was
+    learnt is then kept, evaluated and saved, and the run ends.
+
+    Under torchrun every process holds all centers and is given all samples; they share the
+    comparison of samples with the centers there are, row by row (`ranks.Crew`), and evaluation.
 
     Args:
         model: The growing model.
@@ -54,11 +79,16 @@ class GrowthTrainer(Trainer):
         balanced_first_batch: The first batch holds all classes equally often.
         prune: Drop centers that no training prediction needs when the run ends.
         eval_train: Measure training metrics after each pass, not while growing.
+        learned_epochs: Passes in which a `transform` of the model learns, see `VoteLearner`.
+        learned_batch: Samples that vote on each other.
+        learned_lr: Learning rate.
+        learned_temperature: Temperature of the votes.
     """
 
     name = "growth"
     Options = GrowthOptions
     features = "dynamic_features"
+    learns_features = True
 
     def __init__(
         self,
@@ -69,11 +99,30 @@ class GrowthTrainer(Trainer):
         balanced_first_batch: bool = False,
         prune: bool = False,
         eval_train: bool = True,
+        learned_epochs: int = 5,
+        learned_batch: int = 256,
+        learned_lr: float = 3e-3,
+        learned_temperature: float = 0.1,
     ) -> None:
         super().__init__(model, task, device=device)
         self.balanced_first_batch, self.prune = balanced_first_batch, prune
         self.eval_train = eval_train
+        self.learned_batch = learned_batch
+        self.learner: VoteLearner | None = None
+        if getattr(model, "transform", None) is not None:
+            self.learner = VoteLearner(
+                model.transform,
+                task,
+                device=device,
+                epochs=learned_epochs,
+                lr=learned_lr,
+                temperature=learned_temperature,
+            )
         self.full: str | None = None  # why nothing can be added any more
+        if ranks.initialised():
+            for module in model.modules():
+                if hasattr(module, "crew"):
+                    module.crew = ranks.Crew()
 
     @classmethod
     def check(cls, values: Mapping[str, Any], task_name: str) -> None:
@@ -83,6 +132,11 @@ class GrowthTrainer(Trainer):
                 f"--max_neighbors {values['max_neighbors']} is less than the first batch, all of "
                 f"which becomes centers (--batch_size {values['batch_size']}). Raise the one or "
                 "lower the other."
+            )
+        if values["prune"] and values["save"] not in ("last", "both"):
+            raise ValueError(
+                f"--prune writes pruned.pt beside last.pt, and --save {values['save']} keeps no "
+                "last.pt. Use --save last."
             )
         predictor, kernel = values["predictor"], values["kernel_type"]
         if values["prune"] and (predictor != "interp" or kernel == "influence_cone"):
@@ -108,6 +162,11 @@ class GrowthTrainer(Trainer):
         """Shuffle; balance the first batch, if that is asked for."""
         return {"shuffle": True, "balanced": batch_size if self.balanced_first_batch else 0}
 
+    def begin(self, load: Callable[..., Any], keep: Callable[[str], None]) -> None:
+        """Learn the features that the network then grows on, as far as that is not done."""
+        if self.learner is not None and not self.learner.finished:
+            self.learner.learn(load(batch_size=self.learned_batch, shuffle=True), keep)
+
     @property
     def evaluates_training(self) -> bool:
         """Whether training metrics are measured after a pass."""
@@ -117,12 +176,37 @@ class GrowthTrainer(Trainer):
         """Grow by a batch; return per-sample metrics (B,) afterwards."""
         inputs, targets = self.task.prepare(batch, self.device)
         with torch.no_grad():
+            outputs = None
             if self.full is None:
                 try:
-                    return self.task.metrics(self.model.grow(inputs, targets), targets)
+                    outputs = self.model.grow(inputs, targets)
                 except MemoryError as error:
                     self.full = str(error)
-            return self.task.metrics(self.model(inputs), targets)
+                self._agree()
+            return self.task.metrics(self.model(inputs) if outputs is None else outputs, targets)
+
+    def _agree(self) -> None:
+        """Raise TrainingError if memory is full in some processes only: their centers differ."""
+        reasons = ranks.gather(self.full)
+        if None in reasons and any(reasons):
+            full = ", ".join(str(number) for number, why in enumerate(reasons) if why)
+            raise TrainingError(
+                f"memory for centers is full in process {full} of {len(reasons)} and not in the "
+                "others. Start fewer processes, or lower --max_neighbors."
+            )
+
+    def end_batches(self) -> None:
+        """Raise TrainingError if processes have grown differently: their arithmetic differs."""
+        layers = getattr(self.model, "layers", [])
+        found = ranks.gather(
+            [(each.num_centers, each.centers.double().sum().item()) for each in layers]
+        )
+        if any(other != found[0] for other in found):
+            counts = ", ".join(str(sum(count for count, _ in each)) for each in found)
+            raise TrainingError(
+                f"the processes have grown different centers (in all {counts}): their machines do "
+                "not compute alike. Start processes on machines of one kind only."
+            )
 
     @property
     def sated(self) -> bool:
@@ -150,11 +234,16 @@ class GrowthTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is not part of the model's own state: the record of its growth."""
-        return {"growth": list(getattr(self.model, "growth", [])), "full": self.full}
+        state = {"growth": list(getattr(self.model, "growth", [])), "full": self.full}
+        if self.learner is not None and not self.learner.finished:
+            state["learner"] = self.learner.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.full = state.get("full")
+        if self.learner is not None and not self.learner.finished:
+            self.learner.load_state_dict(state["learner"])
         if self.full is not None:
             check_form(self.full, "", "trainer['full']")
         if hasattr(self.model, "growth"):

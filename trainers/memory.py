@@ -55,7 +55,6 @@ class MemoryTrainer(Trainer):
     tests_itself = True
     draws_curves = False
     features = "knn_features"
-    shares = True
 
     def __init__(
         self,

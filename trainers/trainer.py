@@ -1,13 +1,16 @@
 """The protocol of a trainer: what the loop asks of every way to learn."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+import ranks
+from checkpoints import load_weights
 from options import Options, option
 from run_folder import Measured, Pass, Progress, RunFolder
 
@@ -59,12 +62,13 @@ class Trainer:
         resumes: Whether an interrupted run can be gone on with.
         tests_itself: Whether :meth:`measure` measures on the test set, whatever else there is.
         draws_curves: Whether learning curves are drawn.
-        shares: Whether several processes can share the work.
-        splits: Whether they do so by parts of every training batch (`ranks.Shares`).
+        splits: Whether several processes share the work by parts of every training batch
+            (`ranks.Shares`).
         advice: What to try when numbers are not finite.
         debug_nan: Whether :meth:`finite` is asked after every step.
         rehearses: Whether the model maps a batch to outputs before it has learnt anything.
         features: Name of the option that says what samples are replaced by, if there is one.
+        learns_features: Whether that may be "learned": the model has a network for it.
     """
 
     name: ClassVar[str]
@@ -74,12 +78,12 @@ class Trainer:
     resumes: ClassVar[bool] = True
     tests_itself: ClassVar[bool] = False
     draws_curves: ClassVar[bool] = True
-    shares: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     advice: ClassVar[str] = "Look for numbers in the data that are not finite."
     rehearses: ClassVar[bool] = False
     debug_nan = False
     features: ClassVar[str | None] = None
+    learns_features: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, task: Any, *, device: torch.device) -> None:
         self.model, self.task, self.device = model, task, device
@@ -112,6 +116,11 @@ class Trainer:
         """Return how many samples a loader hands over at a time, given ``--batch_size``."""
         return batch_size
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved."""
+        return self.model
+
     def check_set(self, num_samples: int, batch_size: int) -> None:
         """Refuse a training set that this way of training cannot learn from.
 
@@ -131,6 +140,14 @@ class Trainer:
     def evaluates_training(self) -> bool:
         """Whether training metrics are measured after an epoch, not while the model learns."""
         return False
+
+    def begin(self, load: Callable[..., Any], keep: Callable[[str], None]) -> None:
+        """Do what comes before the first epoch; a resumed run goes on with it.
+
+        Args:
+            load: Loads the training set by further keywords of `dataset.build_loader`.
+            keep: Writes a line to the results, and saves the state.
+        """
 
     # -- an epoch
 
@@ -183,6 +200,7 @@ class Trainer:
         times = {
             "epoch": trained.epoch,
             "seconds": seconds,
+            "train_seconds": trained.seconds,
             "train_samples_per_second": throughput,
         }
         return Measured(measured, [row], [line], [times])
@@ -211,7 +229,7 @@ class Trainer:
             return []
         average = sum(row["seconds"] for row in progress.times) / len(progress.times)
         lines = [
-            f"Average Epoch Time: {average:.4f}s",
+            f"Average Epoch Time: {average:.4f}s{self.pace(progress)}",
             self.best_line(progress.best_value, f"Epoch {progress.best_epoch}"),
         ]
         if held_out is None:
@@ -220,6 +238,17 @@ class Trainer:
                 "--val_split chooses it on held-out training data."
             )
         return lines
+
+    @staticmethod
+    def pace(progress: Progress) -> str:
+        """Word the part of the epochs' time that went into training, and samples per second."""
+        known = (row for row in progress.times if "train_seconds" in row)
+        rows = [row for row in known if math.isfinite(row["train_seconds"])]
+        seconds = sum(row["train_seconds"] for row in rows)
+        if not seconds:  # the run began before this was measured
+            return ""
+        samples = sum(row["train_seconds"] * row["train_samples_per_second"] for row in rows)
+        return f" (training {seconds / len(rows):.4f}s, {samples / seconds:.0f} samples/s)"
 
     def finish(self, data: Any, run: RunFolder, evaluate: Any) -> tuple[dict[str, Any], list[str]]:
         """End a run: return results for the caller, and lines."""
@@ -235,6 +264,20 @@ class Trainer:
     def unsaved(self) -> str | None:
         """Why there can be no checkpoint, if there can be none."""
         return None
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the state of the model that is evaluated."""
+        return self.evaluated.state_dict()
+
+    def load_model(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take back the model's state; a mismatch is a ValueError."""
+        load_weights(self.evaluated, checkpoint)
+
+    def load_best(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Take, in all processes, the weights that the first one has read."""
+        if checkpoint is not None:
+            self.load_model(checkpoint)
+        ranks.broadcast_module(self.evaluated)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model that a resumed run needs."""

@@ -30,6 +30,11 @@ class InterpVotes:
         self.sums = queries.new_zeros(queries.shape[0], columns)
         self.nearest = queries.new_full((queries.shape[0], 1), float("inf"))
 
+    @property
+    def by_rows(self) -> tuple[Tensor, ...]:
+        """What is known of each query, a row a query."""
+        return (self.sums,) if self.safe else (self.sums, self.nearest)
+
     def update(self, distances: Tensor, columns: Tensor, offset: int, rows: slice) -> None:
         """Count a block of centers from number `offset` on, for some rows of the queries."""
         if self.safe:
@@ -50,6 +55,8 @@ class ConeVotes:
 
     How far a center reaches depends on the nearest one, which may come last.
     """
+
+    by_rows = ()  # what is known of each query is too much to hand over
 
     def __init__(self, kernel: DistanceKernel, queries: Tensor) -> None:
         self.factor = kernel.factor
@@ -104,6 +111,11 @@ class TopKVotes:
         self.kernel, self.K = kernel, K
         self.distances = queries.new_full((queries.shape[0], K), float("inf"))  # inf: weight 0
         self.indices = torch.zeros(self.distances.shape, dtype=torch.int64, device=queries.device)
+
+    @property
+    def by_rows(self) -> tuple[Tensor, ...]:
+        """What is known of each query, a row a query."""
+        return self.distances, self.indices
 
     def update(self, distances: Tensor, columns: Tensor, offset: int, rows: slice) -> None:
         """Count a block of centers from number `offset` on, for some rows of the queries."""

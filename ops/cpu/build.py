@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NativeError", "OutOfRange", "build", "kernel", "library", "status"]
+__all__ = ["NativeError", "OutOfRange", "build", "kernel", "library", "status", "switch"]
 
 SOURCES = Path(__file__).parent
-ABI = 5  # kernels_abi() in threads.h: one number for all of SIGNATURES
+ABI = 6  # kernels_abi() in threads.h: one number for all of SIGNATURES
 
 # The entry points of each source and their arguments: p a pointer, i an int64, d an int, f a float
 # and t the number of threads, which `kernel` adds. They return a code (`_run`), or what follows >.
@@ -50,6 +50,12 @@ SIGNATURES = {
     "attend": {
         "nn_attend": "ppppipppddfppiiiiit",
         "nn_attend_backward": "ppppppippddppppiiiiit",
+    },
+    "reduce": {
+        "nn_max_rows": "ppppiiiiit",
+        "nn_max_rows_backward": "pppiiiit",
+        "nn_sum_rows": "pppiiiiit",
+        "nn_sum_rows_backward": "pppiiiiit",
     },
     "relax": {
         "relaxed_forward": "pppiiit",
@@ -98,7 +104,7 @@ _TYPES = {
 }
 # Sources that one layer needs: they are compiled at the same time.
 _TOGETHER = (
-    ("search", "aggregate", "attend"),
+    ("search", "aggregate", "attend", "reduce"),
     ("windows", "relax"),
     ("index", "progressive"),
     ("distances",),
@@ -221,7 +227,8 @@ def build(name: str) -> ctypes.CDLL:
     raise NativeError("\n".join(problems))
 
 
-def _wanted() -> str:
+def switch() -> str:
+    """Return what `NEIGHBORS_NATIVE` asks for: "0", "1" or "require"."""
     wanted = os.environ.get("NEIGHBORS_NATIVE", "1").lower()
     return "0" if wanted in ("0", "off", "false", "no") else wanted
 
@@ -238,7 +245,7 @@ def library(name: str = "search") -> ctypes.CDLL | None:
 
     They are built at the first call, with those needed beside them; what came of that is kept.
     """
-    wanted = _wanted()
+    wanted = switch()
     if wanted == "0":
         return None
     if name not in _found:
@@ -257,7 +264,7 @@ def library(name: str = "search") -> ctypes.CDLL | None:
 
 def status() -> str:
     """Say in words whether the kernels are in use, building them if need be."""
-    if _wanted() == "0":
+    if switch() == "0":
         return "switched off"
     lib = library()
     if lib is None:

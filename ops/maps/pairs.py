@@ -95,10 +95,15 @@ def nearest_rows(
             f"K={K}{of} is larger than the number of candidates, {fewest}: there are no more "
             "neighbors to find. Try a smaller K or dilation, or fill for clouds of unequal size"
         )
+    squares = None
     if position is not None:
+        if metric == "euclidean":
+            squares = queries.detach().square().sum(-1, keepdim=True)
         queries, keys, metric = _join_position(queries, keys, metric, position)
     if bias is None and key_counts is None:
         values, indices = nearest_neighbors(queries, keys, wanted, metric, max_bytes=max_bytes)
+    elif bias is None and keys.device.type == "cpu":
+        values, indices = _search_each(queries, keys, wanted, metric, key_counts, max_bytes)
     else:
         _check_bias(bias, queries, keys)
         values, indices = torch.ops.neighbors.search_pairs(
@@ -114,7 +119,24 @@ def nearest_rows(
             absent = torch.arange(wanted, device=keys.device) >= key_counts.view(-1, 1, 1)
             values = torch.where(absent, values[..., :1], values)
             indices = torch.where(absent, indices[..., :1], indices)
+    if squares is not None:
+        values = squares - 2 * values
     return values[..., ::dilation], indices[..., ::dilation]
+
+
+def _search_each(
+    queries: Tensor, keys: Tensor, K: int, metric: str, counts: Tensor, max_bytes: int | None
+) -> tuple[Tensor, Tensor]:
+    """Search sample by sample among the keys that are there; the nearest fills what is missing."""
+    found = []
+    for q, k, count in zip(queries, keys, counts.tolist(), strict=True):
+        take = min(K, count)
+        pair = nearest_neighbors(q[None], k[None, :count], take, metric, max_bytes=max_bytes)
+        if take < K:
+            pair = [torch.cat([t, t[..., :1].expand(-1, -1, K - take)], -1) for t in pair]
+        found.append(pair)
+    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return values, indices
 
 
 def _check_bias(bias: Tensor | None, queries: Tensor, keys: Tensor) -> None:
@@ -130,12 +152,13 @@ def _join_position(
     queries: Tensor, keys: Tensor, metric: str, position: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, str]:
     """Make features whose products are similarity plus bias: the search stays a plain one."""
-    b = keys.shape[0]
+    b, same = keys.shape[0], queries is keys
     if metric == "euclidean":  # q·k - |k|²/2 ranks as the distance does: one more channel
         keys = torch.cat([keys, keys.square().sum(-1, keepdim=True) / -2], -1)
         queries = F.pad(queries, (0, 1), value=1.0)
     elif metric == "cosine":
-        queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+        keys = F.normalize(keys.detach(), dim=-1)
+        queries = keys if same else F.normalize(queries.detach(), dim=-1)
     rows = (
         torch.cat([x, p.to(x.dtype).expand(b, *p.shape)], -1)
         for x, p in zip((queries, keys), position, strict=True)

@@ -55,6 +55,7 @@ def edge_max(
     b: Tensor,
     indices: Tensor,
     norm: torch.nn.BatchNorm1d | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Return max_k norm(a[m] + b[indices[m, k]]) by channel: an edge convolution before its ReLU.
 
@@ -68,37 +69,74 @@ def edge_max(
         b: (B, N, C), of the keys.
         indices: (B, M, K).
         norm: Batch norm over the edges; its running statistics are brought up to date.
+        present: (B, M) bool, the queries that are there: edges of others count in no statistics,
+            and their rows become zeros. None: all.
 
     Returns:
         (B, M, C).
     """
     indices = _check(b, indices)
     if norm is None:
-        return a + max_neighbors(b, indices)
+        best = a + max_neighbors(b, indices)
+        return best if present is None else best * present[..., None]
+    if b.dtype != torch.float64:  # sums over all edges: in float32 at least
+        a, b = a.float(), b.float()
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(b.dtype)
     best = a + max_neighbors(b * sign, indices) * sign
     if norm.training or norm.running_mean is None:
-        mean, variance = _edge_statistics(a, b, indices)
+        share = None if present is None else present.to(b.dtype)[..., None]
+        edges = indices.numel() if share is None else int(present.sum()) * indices.shape[-1]
+        mean, variance = _EdgeStatistics.apply(a, b, indices, share, edges)
         if norm.training and norm.track_running_stats:
-            _track(norm, mean.detach(), variance.detach(), indices.numel())
+            _track(norm, mean.detach(), variance.detach(), edges)
     else:
         mean, variance = norm.running_mean, norm.running_var
     scale = norm.weight * (variance + norm.eps).rsqrt()
-    return (best - mean) * scale + norm.bias
+    y = best * scale + (norm.bias - mean * scale)
+    return y if present is None else y * present[..., None]
 
 
-def _edge_statistics(a: Tensor, b: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) of a[m] + b[j] over all edges, with gradients; a, b are centered."""
-    K = indices.shape[-1]
-    counts = torch.zeros(b.shape[:2], dtype=b.dtype, device=b.device)
-    ones = counts.new_ones(1).expand(indices.shape[0], indices[0].numel())
-    counts.scatter_add_(1, indices.flatten(1), ones)
-    counts = (counts / indices.numel())[..., None]  # share of the edges that end in each key
-    mean_a, mean_b = a.mean((0, 1)), (counts * b).sum((0, 1))
-    a, b = a - mean_a, b - mean_b
-    cross = (a * sum_neighbors(b, indices)).mean((0, 1)) / K
-    variance = a.square().mean((0, 1)) + 2 * cross + (counts * b.square()).sum((0, 1))
-    return mean_a + mean_b, variance.clamp(min=0)
+class _EdgeStatistics(torch.autograd.Function):
+    """Mean and variance (C,) of a[m] + b[j] over all edges that count; sums over nodes alone.
+
+    Arguments: a (B, M, C), b (B, N, C), indices (B, M, K), there (B, M, 1), which is 1 for queries
+    whose edges count and 0 for others (None: all count), and the number of edges that count.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, a: Tensor, b: Tensor, indices: Tensor, there: Tensor | None, edges: int):
+        K = indices.shape[-1]
+        counts = torch.zeros(b.shape[:2], dtype=b.dtype, device=b.device)
+        ones = counts.new_ones(1, 1, 1) if there is None else there
+        counts.scatter_add_(1, indices.flatten(1), ones.expand(indices.shape).flatten(1))
+        counts = (counts / edges)[..., None]  # share of the edges that end in each key
+        mean_a = (a if there is None else a * there).sum((0, 1)) * (K / edges)
+        mean_b = (counts.mT @ b).sum((0, 1))
+        ctx.save_for_backward(a, b, indices, there, counts, mean_a, mean_b)
+        ctx.edges = edges
+        a, b = _centered(a, mean_a, there), b - mean_b
+        variance = (2 / edges) * torch.einsum("bmc,bmc->c", a, sum_neighbors(b, indices))
+        variance += (K / edges) * torch.einsum("bmc,bmc->c", a, a)
+        variance += (counts.mT @ b.square_()).sum((0, 1))
+        return mean_a + mean_b, variance.clamp_(min=0)
+
+    @staticmethod
+    def backward(ctx, g_mean: Tensor, g_variance: Tensor):
+        a, b, indices, there, counts, mean_a, mean_b = ctx.saved_tensors
+        K, edges = indices.shape[-1], ctx.edges
+        a, b = _centered(a, mean_a, there), b - mean_b
+        # An edge's slope is 2 (a + b - mean) / edges; its sums over keys and over queries.
+        ga = sum_neighbors(b, indices).add_(a, alpha=K).mul_(2 * g_variance).add_(K * g_mean)
+        ga = ga.div_(edges) if there is None else ga.div_(edges).mul_(there)
+        gb = torch.ops.neighbors.sum_rows_backward(a, indices, b.shape[1]).div_(edges)
+        gb.addcmul_(b, counts).mul_(2 * g_variance).addcmul_(counts, g_mean)
+        return ga, gb, None, None, None
+
+
+def _centered(a: Tensor, mean: Tensor, there: Tensor | None) -> Tensor:
+    """Subtract the mean from rows that are there; the others become zeros."""
+    return a - mean if there is None else (a - mean).mul_(there)
 
 
 @torch.no_grad()
@@ -136,6 +174,23 @@ def _(x, indices):
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
 
 
+@without_autocast
+def max_rows_backward_torch(gy: Tensor, origin: Tensor, n: int) -> Tensor:
+    """Give every key the gradients of the maxima that it made: (B, N, C)."""
+    gx = gy.new_zeros(gy.shape[0], n, gy.shape[2])
+    return gx.scatter_add_(1, origin.long(), gy)
+
+
+max_rows_backward_op = torch.library.custom_op(
+    "neighbors::max_rows_backward", max_rows_backward_torch, mutates_args=()
+)
+
+
+@max_rows_backward_op.register_fake
+def _(gy, origin, n):
+    return gy.new_empty(gy.shape[0], n, gy.shape[2])
+
+
 def _max_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
     ctx.keys = inputs[0].shape[1]
@@ -145,9 +200,7 @@ def _max_setup(ctx, inputs, output) -> None:
 def _max_autograd(ctx, gy: Tensor | None, _origin):
     if gy is None:
         return None, None
-    (origin,) = ctx.saved_tensors
-    gx = gy.new_zeros(gy.shape[0], ctx.keys, gy.shape[2])
-    return gx.scatter_add(1, origin.long(), gy), None
+    return torch.ops.neighbors.max_rows_backward(gy, *ctx.saved_tensors, ctx.keys), None
 
 
 max_rows_op.register_autograd(_max_autograd, setup_context=_max_setup)

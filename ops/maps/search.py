@@ -3,11 +3,12 @@
 Queries meet keys in matrix products of a bounded size, whose rows are reduced to their K best
 before the next product is made: O(chunk · N) memory, never O(M · N).
 
-Float32 tensors on a CPU go through compiled kernels where `ops.cpu` can build them; all else
-(float64, half precision, CUDA, MPS, no compiler) through PyTorch, with the same results. Every
-operation is a `torch.library` operator, so that compilation, export and FLOP counting see it whole.
-What is done with neighbors is in `ops.maps.aggregate` and `ops.maps.attend`, neighbors by location
-in `ops.maps.locations`, rows of ready-made scores in `ops.topk`.
+Float32 tensors on a CPU go through compiled kernels where `ops.cpu` can build them, tensors on a
+GPU through `ops.triton` where it can run; all else (float64, MPS, no compiler) through PyTorch,
+with the same results. Every operation is a `torch.library` operator, so that compilation, export
+and FLOP counting see it whole. What is done with neighbors is in `ops.maps.aggregate` and
+`ops.maps.attend`, neighbors by location in `ops.maps.locations`, rows of ready-made scores in
+`ops.topk`.
 
 Many keys of many channels are first scored in 8 bits by the kernels (`ops/cpu/eightbit.h`), where
 the processor has instructions for that: only keys which the error's bound cannot rule out are
@@ -16,9 +17,9 @@ out bit for bit. Where too many are left, or numbers are not finite, the float32
 
 Symbols: B batch, M queries, N keys, C channels, K neighbors.
 
-Ties: of equal scores the lower index wins (with `candidates`, the one earlier among them). On CUDA
-and MPS, where that would need another pass, equal scores may come in any order. Scores that are
-equal in theory can differ in their last bits.
+Ties: of equal scores the lower index wins (with `candidates`, the one earlier among them). In
+PyTorch on CUDA and MPS, where that would need another pass, equal scores may come in any order.
+Scores that are equal in theory can differ in their last bits.
 """
 
 import math
@@ -138,15 +139,26 @@ def prepare(
     """Bring the tensors of a search into the types it works in, contiguous and on one device."""
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     keys = keys.to(dtype).contiguous()
-    if self_index is not None:
-        self_index = self_index.to(keys.device, torch.int64).contiguous()
-    if candidates is not None:
-        candidates = candidates.to(keys.device, torch.int64).contiguous()
     if queries is not None:
         queries = queries.to(dtype).contiguous()
+    return queries, keys, *prepare_indices(keys.device, K, self_index, exclude_self, candidates)
+
+
+def prepare_indices(
+    device: torch.device,
+    K: int,
+    self_index: Tensor | None,
+    exclude_self: bool,
+    candidates: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Bring self_index and candidates to the device of a search, int64 and contiguous."""
+    if self_index is not None:
+        self_index = self_index.to(device, torch.int64).contiguous()
+    if candidates is not None:
+        candidates = candidates.to(device, torch.int64).contiguous()
     if self_index is not None and candidates is not None:
         _check_candidates(self_index, candidates, K, exclude_self)
-    return queries, keys, self_index, candidates
+    return self_index, candidates
 
 
 def _check_candidates(self_index: Tensor, candidates: Tensor, K: int, exclude_self: bool) -> None:
@@ -202,7 +214,7 @@ def search_torch(
     if candidates is not None:
         names = candidates.expand(b, count)
         k = take_rows(k, names)
-        own = None if own is None else _places(own, names, n)
+        own = None if own is None else places(own, names, n)
     half_square = k.square().sum(-1)[:, None] / -2 if metric == "euclidean" else None
     # Rows of scores are laid out with the length their top-K likes best; what is added is -inf.
     block = block_size(count, K - first + 1)
@@ -243,7 +255,7 @@ def _(queries, keys, K, metric, self_index, exclude_self, candidates, max_bytes)
     return keys.new_empty(shape, dtype=dtype), keys.new_empty(shape, dtype=torch.int64)
 
 
-def _places(own: Tensor, names: Tensor, n: int) -> Tensor:
+def places(own: Tensor, names: Tensor, n: int) -> Tensor:
     """Where each of n keys named by `own` (B, M) stands among the candidates; N' for nowhere."""
     count = names.shape[1]
     places = names.new_full((len(names), n), count)

@@ -1,9 +1,10 @@
-"""Compiled arithmetic of image patches and the windows around them; what N3 layers use on a CPU.
+"""Compiled arithmetic of image patches and the windows around them; what N3 layers use.
 
 It does what `ops.patches.tiles` does in tiles, a window at a time: every patch has exactly the
 candidates of its own window, block products and sums of weights stay in cache, and averaged images
 are written at once. Nothing larger than the weights is ever stored. Works in float32 where the
-stride divides the patch and a compiler is at hand (`ops.cpu`).
+stride divides the patch and a compiler is at hand (`ops.cpu`), or a GPU that runs Triton's kernels
+(`ops.triton.windows`; these read images as they are: their "rows" and "columns").
 
 Symbols: B batch, C channels, G1 × G2 blocks, F = C·stride² numbers in a block, M patches, O patches
 of a window (the query among them: `Windows.barred` says which it is), K volumes.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ops.cpu import build
 from ops.patches.grid import PatchGrid
+from ops.triton.launch import kernels
 
 __all__ = ["Windows", "window_aggregate", "window_distances"]
 
@@ -28,16 +31,26 @@ _MAX_RATIO = 4
 _MAX_PARTS = 8  # summands of a gradient that threads gather apart
 
 
+def _on_gpu(*tensors: Tensor) -> ModuleType | None:
+    """Triton's kernels for tensors on a GPU, where there are any."""
+    if tensors[0].device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    if torch.are_deterministic_algorithms_enabled():  # gradients are sums in no fixed order
+        return None
+    return kernels("windows", *tensors)
+
+
 class Windows:
     """Patches of images of one size, and the window of candidates of each.
 
     Args:
         grid: Positions of the patches.
         window: Side of the window in patches; it shrinks to the grid where the grid is smaller.
+        device: Where the images are.
     """
 
-    def __init__(self, grid: PatchGrid, window: int) -> None:
-        self.grid = grid
+    def __init__(self, grid: PatchGrid, window: int, device: torch.device | None = None) -> None:
+        self.grid, self.device = grid, device
         self.size = min(window, grid.rows), min(window, grid.cols)
         self.blocks = grid.block_rows, grid.block_cols
 
@@ -45,7 +58,9 @@ class Windows:
     def usable(grid: PatchGrid, *tensors: Tensor) -> bool:
         """Tell whether there are kernels for these patches."""
         fits = grid.patch % grid.stride == 0 and grid.ratio <= _MAX_RATIO
-        return fits and build.kernel("window_distances", *tensors) is not None
+        if not fits:
+            return False
+        return bool(_on_gpu(*tensors) or build.kernel("window_distances", *tensors))
 
     def sizes(self, samples: int, channels: int, volumes: int) -> ctypes.Array:
         """Sizes in the order of the kernels."""
@@ -57,30 +72,26 @@ class Windows:
 
     def _starts(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """First rows of the windows of rows begin … end - 1, first columns of all columns."""
-        axes = (
-            (torch.arange(begin, end), self.grid.rows),
-            (
-                torch.arange(self.grid.cols),
-                self.grid.cols,
-            ),
-        )
+        spans = ((begin, end, self.grid.rows), (0, self.grid.cols, self.grid.cols))
         down, across = (
-            (at - size // 2).clamp(0, n - size)
-            for (at, n), size in zip(axes, self.size, strict=True)
+            (torch.arange(*span, device=self.device) - size // 2).clamp(0, n - size)
+            for (*span, n), size in zip(spans, self.size, strict=True)
         )
         return down, across
 
     def barred(self, begin: int, end: int) -> Tensor:
         """-inf where a patch of rows begin … end - 1 meets itself, else 0 (M, O)."""
         down, across = self._starts(begin, end)
-        row, col = torch.arange(begin, end) - down, torch.arange(self.grid.cols) - across
+        row = torch.arange(begin, end, device=self.device) - down
+        col = torch.arange(self.grid.cols, device=self.device) - across
         place = (row[:, None] * self.size[1] + col).view(-1, 1)
-        return torch.zeros(len(place), math.prod(self.size)).scatter_(1, place, -torch.inf)
+        zeros = torch.zeros(len(place), math.prod(self.size), device=self.device)
+        return zeros.scatter_(1, place, -torch.inf)
 
     def candidates(self) -> Tensor:
         """Patches of the window of every patch (M, O), the patch itself among them."""
         rows, cols = (
-            start[:, None] + torch.arange(size)
+            start[:, None] + torch.arange(size, device=self.device)
             for start, size in zip(self._starts(0, self.grid.rows), self.size, strict=True)
         )
         found = rows[:, None, :, None] * self.grid.cols + cols[None, :, None, :]
@@ -98,6 +109,8 @@ class Windows:
 
     def rows(self, images: Tensor) -> Tensor:
         """Padded images (B, C, Hp, Wp) as rows of blocks (B, G1, G2, F up to a multiple of 16)."""
+        if _on_gpu(images):
+            return images
         b, c = images.shape[:2]
         out = images.new_empty(self.rows_shape(b, c))
         sizes = self._pack_sizes(b, c)
@@ -114,6 +127,8 @@ class Windows:
 
     def columns(self, images: Tensor) -> Tensor:
         """Padded images (B, C, Hp, Wp) as columns of blocks (B, G1, F, G2), with slack behind."""
+        if _on_gpu(images):
+            return images
         b, c = images.shape[:2]
         flat = images.new_empty(images.numel() + _SLACK)
         out, slack = flat[: images.numel()], flat[images.numel() :]
@@ -129,6 +144,8 @@ class Windows:
 
     def distances(self, columns: Tensor, begin: int, end: int) -> Tensor:
         """Squared distances (B, M, O) of the patches in rows begin … end - 1."""
+        if gpu := _on_gpu(columns):
+            return gpu.distances(columns, self.grid, self.size, begin, end)
         b, _, features, _ = columns.shape
         grid = self.grid
         norms = F.avg_pool2d(columns.square().sum(2), grid.ratio, 1, divisor_override=1)
@@ -155,10 +172,13 @@ class Windows:
             patches: First row of patches, and the one after the last.
             blocks: First row of blocks to be written, and the one after the last.
         """
+        if gpu := _on_gpu(weights):
+            return gpu.aggregate(weights, rows, out, self.grid, self.size, patches, blocks)
         b, _, volumes, _ = weights.shape
         sizes = self.sizes(b, out.shape[1] // volumes, volumes)
         native = build.kernel("window_aggregate")
         native(sizes, rows, weights, out, *patches, *blocks)
+        return None
 
 
 class _WindowDistances(torch.autograd.Function):
@@ -174,6 +194,8 @@ class _WindowDistances(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
         windows: Windows = ctx.windows
+        if gpu := _on_gpu(images):
+            return gpu.distances_backward(grad, images, windows.grid, windows.size), None
         b, c = images.shape[:2]
         rows = windows.rows(images)
         out = rows.new_zeros(windows.parts(b), *rows.shape)
@@ -212,6 +234,9 @@ class _WindowAggregate(torch.autograd.Function):
         windows: Windows = ctx.windows
         b, c = images.shape[:2]
         want_weights, want_images = ctx.needs_input_grad[:2]
+        if gpu := _on_gpu(images):
+            sizes = (windows.grid, windows.size, want_weights, want_images)
+            return *gpu.aggregate_backward(grad, weights, images, *sizes), None
         grad_weights = torch.empty_like(weights) if want_weights else None
         parts, grad_rows = windows.parts(b), None
         if want_images:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import tempfile
 import zipfile
 import zlib
@@ -274,6 +275,33 @@ def images(draw: st.DrawFn) -> Case:
     return Case(argv, files)
 
 
+@st.composite
+def clouds(draw: st.DrawFn) -> Case:
+    """Folders of point clouds and meshes, some of them cut, changed, or none at all."""
+    square = "0 0 0\n2 0 0\n2 2 0\n0 2 1\n"
+    head = "ply\nformat {} 1.0\nelement vertex 4\n" + "".join(
+        f"property float {axis}\n" for axis in "xyz"
+    )
+    head += "element face 1\nproperty list uchar int vertex_indices\nend_header\n"
+    table = np.array(square.split(), "<f4").tobytes() + b"\3" + np.arange(3, dtype="<i4").tobytes()
+    whole = {
+        ".xyz": square.encode(),
+        ".off": f"OFF\n4 1 0\n{square}4 0 1 2 3\n".encode(),
+        ".ply": f"{head.format('ascii')}{square}3 0 1 2\n".encode(),
+        ".PLY": head.format("binary_little_endian").encode() + table,
+    }
+    files: dict[str, bytes | str] = {}
+    for part, name, i in itertools.product(("train", "test"), ("a", "b"), range(2)):
+        suffix = draw(st.sampled_from(list(whole)))
+        how = draw(st.integers(0, 9))
+        content: bytes | str = whole[suffix] if how > 2 else _spoilt(draw, whole[suffix])
+        files[f"{part}/{name}/{i}{suffix}"] = PIPE if how == 9 and i else content
+    argv = ("--model", "dgcnn", "--width", "0.05", "--K", "2", "--dataset", "pointcloud")
+    argv += ("--data_path", ".", "--num_points", draw(st.sampled_from(["2", "4", "9"])), *BASE)
+    pad = draw(st.sampled_from([(), ("--pad", "mask"), ("--pad", "repeat")]))
+    return Case((*argv, "--batch_size", "4", *pad), files)
+
+
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -366,5 +394,6 @@ KINDS = {
     "npz": npz(),
     "idx": idx(),
     "images": images(),
+    "clouds": clouds(),
     "checkpoints": checkpoints(),
 }

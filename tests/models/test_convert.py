@@ -1,3 +1,4 @@
+import functools
 import sys
 
 import pytest
@@ -16,15 +17,65 @@ def test_neighbors_by_location_give_the_outputs_of_resnet18():
     original = torchvision.models.resnet18(num_classes=10).eval()
     done = convert(original, "ConvNN", K=9, **LOC)
     assert len(done.replaced) == 17  # the 7x7 stem too, for which K = 9 is another layer
-    stem = done.module.conv1
-    done.module.conv1 = original.conv1
+    assert "conv1" not in done.copied
+    assert done.module.conv1.stride == 2
+    done = convert(original, "ConvNN", leave=["conv1"], K=9, **LOC)
+    assert done.kept.pop("conv1") == "as asked"
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(done.module(x), original(x), rtol=1e-4, atol=1e-4)
-    assert "conv1" not in done.copied
-    assert len(done.copied) == 16
-    assert stem.stride == 2
+    assert len(done.copied) == len(done.replaced) == 16
     assert set(done.kept.values()) == {"1x1"}
+
+
+def test_branching_trains_in_resnet18():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = convert(
+        torchvision.models.resnet18(num_classes=4), layer="Branching", K=9
+    ).module.train()
+    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):  # two steps
+        loss = nn.functional.cross_entropy(network(x), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2]
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced"), [("resnet10t", 11), ("regnetx_002", 1), ("vgg11_bn", 8)]
+)
+def test_networks_of_timm(name, replaced):
+    pytest.importorskip("timm", reason="timm is not installed (pip install timm)")
+    torch.manual_seed(0)
+    layer = functools.partial(LAYERS["Branching"], K=4)
+    model = ForeignNetwork(layer=layer, source="timm", name=name, in_channels=1, num_classes=3)
+    assert len(model.conversion.replaced) == replaced
+    y = model(torch.randn(2, 1, 32, 32))
+    assert y.shape == (2, 3)
+    y.square().mean().backward()
+
+
+def test_neighbors_by_location_give_the_outputs_of_a_timm_network():
+    timm = pytest.importorskip("timm", reason="timm is not installed (pip install timm)")
+    torch.manual_seed(0)
+    original = timm.create_model("resnet10t", num_classes=3).eval()
+    done = convert(original, "ConvNN", K=9, **LOC)
+    assert len(done.copied) == len(done.replaced) == 11
+    x = torch.randn(1, 3, 32, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(done.module(x), original(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_without_such_convolutions_is_refused():
+    pytest.importorskip("timm", reason="timm is not installed (pip install timm)")
+    with pytest.raises(ValueError, match=r"no convolution that a layer can replace: kernel 16x16"):
+        ForeignNetwork(layer=LAYERS["ConvNN"], source="timm", name="vit_tiny_patch16_224")
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -62,6 +113,8 @@ def test_what_no_layer_can_replace_is_listed():
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match=r"layer must be one of Conv2d, .* \(got 'Conv'\)"):
         convert(nn.Conv2d(1, 1, 3), "Conv")
+    with pytest.raises(ValueError, match=r"leave names 1, which is no convolution .* There is: 0"):
+        convert(nn.Sequential(nn.Conv2d(1, 1, 3)), "Conv2d", leave=["1"])
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm:resnet10t needs the package timm, .* pip install"):
         ForeignNetwork(layer=LAYERS["Conv2d"], source="timm", name="resnet10t")

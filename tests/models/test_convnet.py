@@ -43,7 +43,7 @@ def test_what_cannot_be_pooled_is_refused():
     with pytest.raises(ValueError, match=r"pool_after 5 .* depth is 4"):
         ConvNet(layer=LAYERS["Conv2d"], pool_after=5)
     model = ConvNet(layer=LAYERS["Conv2d"], pool_after=[1, 2])
-    with pytest.raises(ValueError, match=r"1/4 of its sides.*3 x 8"):
+    with pytest.raises(ValueError, match=r"1/4 of every side.*3 x 8"):
         model(torch.randn(1, 3, 3, 8))
 
 

@@ -43,6 +43,21 @@ def test_every_layer_trains(name):
         assert all(p.grad is not None for p in model.parameters()), type(model)
 
 
+SHORT_UNET = ["--model", "unet", "--dataset", "photos", "--channels", "4", "--num_levels", "1"]
+SHORT_UNET += ["--crop_size", "16", "--crops_per_image", "8", "--limit_test", "1"]
+SHORT_DENSE = ["--model", "densenet121", "--dataset", "digits", "--width", "0.05"]
+SHORT_DENSE += ["--limit_train", "160", "--limit_test", "20"]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("flags", [SHORT_UNET, SHORT_DENSE], ids=["unet", "densenet121"])
+def test_two_epochs_lower_the_loss(layer, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--layer", layer, "--device", "cpu", "--num_epochs", "2", "--batch_size", "32"]
+    history = main([*flags, *short, "--lr", "0.003", "--output_dir", "run"])["history"]
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+
+
 def test_width_and_head():
     assert count(meta("vgg11", classifier="gap")) < 1e7
     assert meta("vgg11", width=0.25).features[0].out_channels == 16

@@ -102,7 +102,7 @@ def test_errors():
         ResNet(layer=LAYERS["Conv2d"], depth=50)
     with pytest.raises(ValueError, match=r"downsample must be one of stride, none \(got 'pool'\)"):
         ResNet(layer=LAYERS["Conv2d"], downsample="pool")
-    with pytest.raises(ValueError, match=r"at least 8 x 8 pixels \(got 4 x 4\)"):
+    with pytest.raises(ValueError, match=r"at least 8 positions along every side \(got 4 x 4\)"):
         meta("resnet18")(torch.empty(1, 3, 4, 4, device="meta"))
     layer = partial(LAYERS["ConvNN"], shuffle_pattern="A", shuffle_scale=2)
     with pytest.raises(ValueError, match=r"cannot be added.*Try shuffle_pattern BA or NA"):

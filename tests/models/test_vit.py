@@ -55,6 +55,63 @@ def test_published_names(layer):
     assert state["patch_embedding.linear_projection.weight"].shape == (192, 3, 16, 16)
 
 
+def published_state(layer, width=192, heads=3, hidden=768, blocks=2, K=9, tokens=197, classes=10):
+    """Weights under the published names (ours where there are none), with the published shapes."""
+    d, half = width // heads, width // 2
+    square = (width, width)
+
+    def convnn(prefix, w):
+        parts = {f"{prefix}W_{n}.weight": (w, w) for n in "qkvo"}
+        return {**parts, f"{prefix}conv.weight": (w // heads, 1, K)}
+
+    dense = {f"W_{n}.weight": square for n in "qkvo"}
+    branch = {"pointwise_linear.weight": square, "pointwise_linear.bias": (width,)}
+    attention = {
+        "Attention": dense,
+        "ConvNNAttention": convnn("", width),
+        "KvtAttention": {"qkv.weight": (3 * width, width), "proj.weight": square},
+        "LocalAttention": {"to_qkv.weight": (3 * width, width), "to_out.weight": square},
+        "NeighborhoodAttention": {"qkv.weight": (3 * width, width), "proj.weight": square},
+        "BranchConv": {
+            **convnn("convnn.", half),
+            **{f"conv1d.W_{n}.weight": (half, half) for n in "xo"},
+            **{f"conv1d.W_{n}.bias": (half,) for n in "xo"},
+            **{"conv1d.conv.weight": (d // 2, d // 2, 9), "conv1d.conv.bias": (d // 2,)},
+            **branch,
+        },
+        "BranchAttention": {
+            **convnn("convnn.", half),
+            **{f"attention.W_{n}.weight": (half, half) for n in "qkvo"},
+            **branch,
+        },
+    }[layer]
+    shapes = {
+        "patch_embedding.linear_projection.weight": (width, 3, 16, 16),
+        "patch_embedding.linear_projection.bias": (width,),
+        **{f"patch_embedding.norm.{p}": (width,) for p in ("weight", "bias")},
+        "positional_encoding.cls_tokens": (1, 1, width),
+        "positional_encoding.pe": (1, tokens, width),
+        "classifier.weight": (classes, width),
+        "classifier.bias": (classes,),
+    }
+    for i in range(blocks):
+        block = {f"attention.{name}": shape for name, shape in attention.items()}
+        block |= {f"norm{n}.{p}": (width,) for n in (1, 2) for p in ("weight", "bias")}
+        block |= {"mlp.0.weight": (hidden, width), "mlp.0.bias": (hidden,)}
+        block |= {"mlp.3.weight": (width, hidden), "mlp.3.bias": (width,)}
+        shapes |= {f"transformer_encoder.{i}.{name}": shape for name, shape in block.items()}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("layer", TOKEN_LAYERS)
+def test_published_weights_load(layer):
+    state = published_state(layer)
+    model = MODELS["vit_tiny"](layer=TOKEN_LAYERS[layer], num_layers=2)
+    model.load_state_dict(state, strict=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_size_of_the_published_network():
     count = sum(p.numel() for p in build("Attention", num_classes=1000).parameters())
     blocks = 12 * (4 * 192**2 + 2 * 192 * 768 + 768 + 192 + 4 * 192)

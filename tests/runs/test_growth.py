@@ -273,7 +273,7 @@ def test_prompt_is_padded_and_said_once(grow, story, capsys):
         (["--prune", "--predictor", "nearest"], "--prune works with --predictor interp"),
         (["--dynamic_features", "pca:x"], "after pca: comes the number of components"),
         (["--dynamic_features", "pca:900"], "PCA to 900 components needs at least as many"),
-        (["--dynamic_features", "none.pt"], "neither raw, pca:N nor an existing checkpoint"),
+        (["--dynamic_features", "none.pt"], "raw, pca:N, learned nor an existing checkpoint"),
         (["--test_only"], "needs a checkpoint"),
     ],
 )

@@ -22,6 +22,7 @@ from trainers import GradientTrainer
 from utils import WriteError
 
 ROOT = Path(program.__file__).parent
+SMALL = ("--dataset", "digits", "--num_epochs", "1", "--limit_train", "50", "--device", "cpu")
 RESUME = ("--resume", "--device", "cpu", "--output_dir")
 
 
@@ -60,16 +61,16 @@ def signal_at(monkeypatch, number, signum):
 def test_killed_between_last_and_best(run, monkeypatch, refused):
     flags = ("--val_split", "0.2", "--num_epochs", 4, "--lr", "0.05")
     whole = run(*flags, "--output_dir", "whole")
-    original = run_folder.link_or_copy
+    original = run_folder.save_checkpoint
 
-    def link(source, target):
-        if load_checkpoint(source)["progress"]["epoch"] == whole["best_epoch"]:
+    def save(path, state):
+        if path.name == "best.pt" and state["progress"]["epoch"] == whole["best_epoch"]:
             raise KeyboardInterrupt
-        original(source, target)
+        return original(path, state)
 
-    monkeypatch.setattr(run_folder, "link_or_copy", link)
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
     assert refused(run, *flags, "--output_dir", "broken")[0] == 130
-    monkeypatch.setattr(run_folder, "link_or_copy", original)
+    monkeypatch.setattr(run_folder, "save_checkpoint", original)
     resumed = main([*RESUME, "broken"])
     assert resumed["test"] == whole["test"]
     assert load_checkpoint("broken/best.pt")["progress"]["epoch"] == whole["best_epoch"]
@@ -227,9 +228,12 @@ def test_a_broken_last_names_the_whole_best(saved, refused):
     Path("run/last.pt").write_bytes(saved[:-100])
     code, text = refused(main, [*RESUME, "run"])
     assert code == 2
-    assert "run/best.pt is whole: python main.py --resume --checkpoint " in text
-    main([*RESUME, "run", "--checkpoint", "run/best.pt"])
-    assert load_checkpoint("run/last.pt")["progress"]["epoch"] == 2
+    assert "run/last.pt cannot be read" in text
+    assert "run/best.pt begins a new run with these weights." in text
+    code, text = refused(main, [*RESUME, "run", "--checkpoint", "run/best.pt"])
+    assert code == 2
+    assert "run/best.pt holds weights without the state of the optimizer" in text
+    main(["--pretrained", "run/best.pt", "--output_dir", "more", *SMALL])
 
 
 def test_files_without_a_digest_still_load_and_resume(run, saved):
@@ -329,7 +333,7 @@ def test_a_signal_finishes_the_step_and_saves(run, monkeypatch, refused, name):
     assert metrics("broken") == metrics("whole")
     for file in ("last.pt", "best.pt"):
         one, other = (load_checkpoint(f"{f}/{file}") for f in ("broken", "whole"))
-        for entry in ("model", "trainer", "random_state"):
+        for entry in ("model",) if file == "best.pt" else ("model", "trainer", "random_state"):
             assert content_digest(one[entry]) == content_digest(other[entry])
     assert Path("broken/curves.png").read_bytes() == Path("whole/curves.png").read_bytes()
     assert "--num_epochs 3" in Path("broken/args.txt").read_text()  # the first command
@@ -422,6 +426,9 @@ def test_resume_auto_begins_goes_on_and_is_done(run, monkeypatch, refused, capsy
     assert "nothing to resume" in capsys.readouterr().out
     Path("run/last.pt").write_bytes(b"x")
     run(*flags)
+    out = capsys.readouterr().out
+    assert "run/best.pt holds weights alone" in out
+    assert "no whole checkpoint in run: the run begins" in out
     assert metrics("run") == metrics("whole")
     Path("run/last.pt").write_bytes(b"x")
     Path("run/best.pt").write_bytes(b"x")

@@ -1,5 +1,6 @@
 """Runs of the denoising task: ranges, kinds of noise, pairs, maps, real pictures."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,15 @@ import torch
 from PIL import Image
 
 from checkpoints import load_checkpoint
+from dataset import build_loader
+from evaluation import Evaluation
 from main import main
 from models import DnCNN
+from run_folder import RunFolder
+from tasks.denoising import DenoisingTask
 from tasks.pictures import Picture, read_picture, write_picture
+from tasks.restoration import build_photos
+from tasks.task import Needs
 
 
 @pytest.fixture
@@ -179,3 +186,22 @@ def test_folding_is_the_network_on_blocks():
 def test_a_run_with_held_out_images_is_tested(folders):
     denoise("--val_split", 0.5, "--output_dir", "a")
     assert main(["--test_only", "--output_dir", "a", "--device", "cpu"])["test"]["psnr"] > 0
+
+
+@pytest.mark.parametrize(("kept", "share"), [(1.0, "0 %"), (0.9, "10 %"), (0.5, None)])
+def test_a_network_that_returns_its_input_is_told_of(kept, share):
+    class Remover(torch.nn.Module):
+        def forward(self, x):
+            return clean + kept * (x - clean)
+
+    data = build_photos(**DenoisingTask(sigma=30.0).data_options(Needs()), seed=0)
+    clean = data.test.images[0][None, :, :48, :48].float() / 255
+    data.test.images[0] = data.test.images[0][:, :48, :48]
+    task, run = DenoisingTask(sigma=30.0), RunFolder("nowhere", writes=False)
+    evaluation = Evaluation(
+        Remover(), task, torch.device("cpu"), partial(build_loader, batch_size=1)
+    )
+    _, lines = task.examine(evaluation.model, data, run, evaluation)
+    notes = [line for line in lines if line.startswith("note: the network all but returns")]
+    assert len(notes) == (share is not None)
+    assert all(f"what it changes is {share} of the damage" in line for line in notes)

@@ -28,7 +28,7 @@ def test_operators_pass_torchs_own_checks(path):
         (ops.search, (None, x.detach(), 3, "cosine", own, False, None, 0)),
         (ops.topk_rows, (torch.randn(3, 8), 2, True)),
         (ops.aggregate, (x, indices, weight, None)),
-        (ops.location, (torch.empty(0), [4, 4], 3, "euclidean", 1, 1, False)),
+        (ops.location, (torch.empty(0), [4, 4], 3, "euclidean", 1, [1, 1], False)),
     ):
         torch.library.opcheck(op.default, args, test_utils=utilities)
 

@@ -1,22 +1,11 @@
-import itertools
-
 import pytest
 import torch
 from kernel_paths import leaves
+from slow_neighbors import slow_aggregate
 
 from ops.maps.aggregate import aggregate_neighbors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def slow_aggregate(x, indices, weight, bias):
-    b, m, K = x.shape[0], *indices.shape[-2:]
-    indices = indices.expand(b, m, K)
-    rows = []
-    for i, j in itertools.product(range(b), range(m)):
-        taps = [weight[:, :, t] @ x[i, indices[i, j, t]] for t in range(K)]
-        rows.append(sum(taps) + (0 if bias is None else bias))
-    return torch.stack(rows).view(b, m, -1)
 
 
 @pytest.mark.parametrize(

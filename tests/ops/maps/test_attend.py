@@ -4,30 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_paths import leaves
+from slow_neighbors import slow_attend
 
 from ops import METRICS
 from ops.maps.attend import attend_neighbors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def slow_attend(q, k, v, indices, weight, bias, metric, self_score, keep):
-    b, m, K = k.shape[0], *indices.shape[-2:]
-    out = []
-    for i, j in itertools.product(range(b), range(m)):
-        chosen = indices.expand(b, m, K)[i, j].tolist()
-        pairs = [(k[i, j], q[i, t]) for t in chosen]
-        if metric == "euclidean":
-            s = [-(a - c).square().sum() for a, c in pairs]
-        elif metric == "cosine":
-            s = [F.cosine_similarity(a, c, dim=0) for a, c in pairs]
-        else:
-            s = [a @ c for a, c in pairs]
-        if self_score is not None:
-            s[0] = torch.full_like(s[0], self_score)
-        a = torch.stack(s).softmax(0) * keep[i, j]
-        out.append(sum(a[t] * weight[:, t] * v[i, chosen[t]] for t in range(K)) + bias)
-    return torch.stack(out).view(b, m, -1)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -40,8 +40,43 @@ def test_bias_and_dilation(path, metric, shared, dilation):
 def test_a_bias_that_is_a_product_needs_no_table(path, metric):
     q, k, p, r = (torch.randn(*s) for s in ((2, 7, 5), (2, 30, 5), (7, 3), (30, 3)))
     factor = -2 if metric == "euclidean" else 1
-    expected = nearest_rows(q, k, 6, metric, bias=factor * p @ r.T)[1]
-    assert torch.equal(nearest_rows(q, k, 6, metric, position=(p, r))[1], expected)
+    expected = nearest_rows(q, k, 6, metric, bias=factor * p @ r.T)
+    got = nearest_rows(q, k, 6, metric, position=(p, r))
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("unequal", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_every_option_with_every_other(path, metric, dilation, heads, unequal, biased, pool):
+    """Pairs one by one in float64: heads, pooled keys, counts, bias, dilation."""
+    x = torch.randn(2, 12, 4 * heads)
+    rows = split_heads(x, heads)
+    keys = rows.unflatten(1, (-1, pool)).mean(2)
+    n, K = keys.shape[1], 2
+    counts = torch.tensor([n, 5]).repeat_interleave(heads) if unequal else None
+    bias = torch.randn(12, n) if biased else None
+    got = nearest_rows(rows, keys, K, metric, bias=bias, key_counts=counts, dilation=dilation)
+    for i in range(2 * heads):
+        sample, head = divmod(i, heads)
+        mine = x[sample, :, 4 * head : 4 * head + 4].double()
+        there = mine.view(n, pool, 4).mean(1)[: n if counts is None else counts[i]]
+        for m in range(12):
+            pairs = []
+            for j, key in enumerate(there):
+                q, k = mine[m], key
+                score = ((q - k) ** 2).sum() if metric == "euclidean" else q @ k
+                score = float(score / (q.norm() * k.norm()) if metric == "cosine" else score)
+                pairs.append((score + (float(bias[m, j]) if biased else 0.0), j))
+            pairs.sort(reverse=metric != "euclidean")
+            chosen = pairs[: K * dilation : dilation]
+            assert got[1][i, m].tolist() == [j for _, j in chosen]
+            expected = torch.tensor([s for s, _ in chosen], dtype=torch.float64)
+            torch.testing.assert_close(got[0][i, m].double(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -16,10 +16,10 @@ def gathered(x, indices):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_maximum_and_sum(dtype):
-    torch.manual_seed(0)
-    (x,) = leaves(torch.randn(3, 11, 5), dtype=dtype)
-    indices, upstream = torch.randint(11, (3, 8, 4)), torch.randn(3, 8, 5, dtype=dtype)
+@pytest.mark.parametrize("channels", [5, 16, 70])
+def test_maximum_and_sum(path, dtype, channels):
+    (x,) = leaves(torch.randn(3, 11, channels), dtype=dtype)
+    indices, upstream = torch.randint(11, (3, 8, 4)), torch.randn(3, 8, channels, dtype=dtype)
     for mine, plain in (
         (max_neighbors(x, indices), gathered(x, indices).amax(2)),
         (sum_neighbors(x, indices), gathered(x, indices).sum(2)),
@@ -34,6 +34,23 @@ def test_maximum_and_sum(dtype):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("channels", [3, 20])
+def test_of_equal_values_the_first_counts_and_nan_is_largest(path, channels):
+    x = torch.zeros(1, 4, channels)
+    x[0, 1] = torch.nan
+    indices = torch.tensor([[[2, 0], [0, 1], [1, 3]]])
+    y, origin = torch.ops.neighbors.max_rows(x, indices)
+    assert origin[0, :, 0].tolist() == [2, 1, 1]
+    assert y[0, :, 0].isnan().tolist() == [False, True, True]
+
+
+def test_an_index_outside_is_refused(path):
+    if path == "1":
+        for reduce in (max_neighbors, sum_neighbors):
+            with pytest.raises(IndexError, match="out of range"):
+                reduce(torch.randn(1, 4, 3), torch.full((1, 2, 2), 4))
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     (x,) = leaves(torch.randn(2, 6, 3), dtype=torch.float64)
@@ -43,7 +60,8 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_edge_convolution_with_batch_norm_over_edges(training):
+@pytest.mark.parametrize("masked", [True, False])
+def test_edge_convolution_with_batch_norm_over_edges(training, masked):
     torch.manual_seed(0)
     norms = [nn.BatchNorm1d(5).double().train(training) for _ in range(2)]
     for norm in norms:
@@ -53,8 +71,11 @@ def test_edge_convolution_with_batch_norm_over_edges(training):
     a, b = leaves(torch.randn(2, 7, 5), torch.randn(2, 9, 5), dtype=torch.float64)
     indices = torch.stack([torch.randperm(9)[:4] for _ in range(14)]).view(2, 7, 4)
     edges = a[:, :, None] + gathered(b, indices)
-    expected = norms[0](edges.flatten(0, 2)).view_as(edges).amax(2)
-    got = edge_max(a, b, indices, norms[1])
+    there = torch.rand(2, 7) < 0.6 if masked else torch.ones(2, 7, dtype=torch.bool)
+    present = there if masked else None
+    kept = norms[0](edges[there].flatten(0, 1)).view(-1, 4, 5).amax(1)
+    expected = torch.zeros_like(a).masked_scatter(there[..., None].expand_as(a), kept)
+    got = edge_max(a, b, indices, norms[1], present)
     torch.testing.assert_close(got, expected)
     upstream = torch.randn_like(got)
     mine = torch.autograd.grad(got, [a, b, *norms[1].parameters()], upstream)
@@ -62,7 +83,7 @@ def test_edge_convolution_with_batch_norm_over_edges(training):
     for m, w in zip(mine, want, strict=True):
         torch.testing.assert_close(m, w)
     torch.testing.assert_close(norms[1].state_dict(), norms[0].state_dict())
-    assert torch.autograd.gradcheck(lambda a, b: edge_max(a, b, indices, norms[1]), (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: edge_max(a, b, indices, norms[1], present), (a, b))
 
 
 def test_memory_holds_no_table_of_neighbors():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from slow_neighbors import check_found, scores_of
 
 from ops import METRICS
 from ops.maps.aggregate import aggregate_neighbors
@@ -15,53 +16,11 @@ from ops.topk import topk_rows
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def scores_of(queries, keys, metric):
-    """All pairs in float64, larger is nearer."""
-    q, k = queries.double(), keys.double()
-    if metric == "euclidean":
-        return -(q[:, :, None] - k[:, None]).square().sum(-1)
-    if metric == "cosine":
-        q, k = (t / t.norm(dim=-1, keepdim=True).clamp(min=1e-12) for t in (q, k))
-    return (q[:, :, None] * k[:, None]).sum(-1)
-
-
 def check_search(queries, keys, K, metric, *, own=None, exclude=False, candidates=None, **options):
-    """Compare with the sorted rows of all scores: best first, each within 1e-6 of its rank."""
-    values, indices = nearest_neighbors(
-        queries,
-        keys,
-        K,
-        metric,
-        self_index=own,
-        exclude_self=exclude,
-        candidates=candidates,
-        **options,
-    )
-    b, n, c = keys.shape
-    rows = queries
-    if queries is None:
-        rows = keys.gather(1, own.expand(b, -1)[..., None].expand(-1, -1, c))
-    m = rows.shape[1]
-    assert values.shape == indices.shape == (b, m, K)
-    assert indices.dtype == torch.int64
-    scores = scores_of(rows, keys, metric)
-    tolerance = 1e-6 * max(1.0, float(scores.abs().max()))
-    signed = -values.double() if metric == "euclidean" else values.double()
-    torch.testing.assert_close(signed, scores.gather(2, indices), rtol=0, atol=4 * tolerance)
-    assert all(len(set(row)) == K for row in indices.view(-1, K).tolist())
-    allowed = torch.full((b, m, n), -math.inf, dtype=torch.float64)
-    pool = torch.arange(n) if candidates is None else candidates
-    pool = pool.expand(b, -1)[:, None].expand(-1, m, -1)
-    allowed.scatter_(2, pool, scores.gather(2, pool))
-    first = 0
-    if own is not None:
-        allowed.scatter_(2, own.expand(b, m)[..., None], -math.inf)
-        if not exclude:
-            first = 1
-            assert torch.equal(indices[..., 0], own.expand(b, m))
-    best = allowed.sort(dim=2, descending=True).values[..., : K - first]
-    got = allowed.gather(2, indices[..., first:])
-    torch.testing.assert_close(got, best, rtol=0, atol=tolerance)
+    """Search and compare with the sorted rows of all scores."""
+    pool = {"self_index": own, "exclude_self": exclude, "candidates": candidates}
+    found = nearest_neighbors(queries, keys, K, metric, **pool, **options)
+    check_found(*found, queries, keys, K, metric, own, exclude, candidates)
 
 
 @pytest.mark.parametrize("metric", METRICS)
