@@ -267,7 +267,11 @@ def run_seeds(
     head = f"Seeds {', '.join(map(str, plain.seeds))}: mean ± standard deviation (of a sample)"
     text = "".join(f"{line}\n" for line in [head, *lines])
     print(text, end="")
-    write_text(Path(base, "seeds.txt"), text)
+    try:
+        write_text(RunFolder(base).file("seeds.txt"), text)
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     return {"output_dir": base, "seeds": results, "mean": measured}
 
 

@@ -21,7 +21,7 @@ import ranks
 from checkpoints import CheckpointError, load_checkpoint
 from evaluation import Averages, Evaluation, evaluate, watched
 from resuming import own_place, own_random_state, restore, settle, state_of
-from run_folder import Pass, Progress, RunFolder, TrainingError
+from run_folder import Measured, Pass, Progress, RunFolder, TrainingError
 from utils import (
     WriteError,
     count_parameters,
@@ -222,83 +222,23 @@ def fit(
         TrainingError: If what was measured is not finite; the last good state is kept.
         faults.Stopped: If the run was asked to stop; the state is saved.
     """
-    task, folder = run.task, run.folder
     sets = run.sets
     if trainer.tests_itself:
         sets = {**sets, "test": run.data.test}
-    judge = next(iter(sets))
     loader, shares = ranks.share_batches(train_loader) if trainer.splits else (train_loader, None)
     sampler, generator = train_loader.sampler, train_loader.generator
-    for epoch in range(progress.epoch + 1, num_epochs + 1):
+    for number in range(progress.epoch + 1, num_epochs + 1):
         if progress.finished:
             break
         if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-            generator.manual_seed(sampler.seed + epoch)
-        spent = 0.0 if place is None else place["seconds"]
-        start = time.perf_counter() - spent
-
-        def keep(where: Mapping[str, Any], start: float = start, **more: Any) -> None:
-            trainer.sound(where["epoch"], where["step"])
-            where = {**where, "seconds": time.perf_counter() - start}
-            where = ranks.gather(where)
-            if len(where) > 1 and trainer.splits:
-                more["places"] = where
-            state = state_of(trainer, run, progress, place=where[0], **more)
-            folder.save(state, best=False)
-
-        def outlook(done: float, start: float = start, epoch: int = epoch) -> float:
-            former = [row["seconds"] for row in progress.times]
-            spent = time.perf_counter() - start
-            return seconds_left(done, spent, former, num_epochs - epoch)
-
-        options: dict[str, Any] = {"outlook": outlook}
-        if trainer.unsaved is None and trainer.resumes and folder.keeps_last:
-            options |= {"keep": keep, "save_every": save_every}
-        if shares is not None:
-            options["shares"] = shares
-        if place is not None:
-            options["place"] = place
-        with faults.deferred() if "keep" in options else contextlib.nullcontext():
-            train = train_one_epoch(trainer, loader, epoch=epoch, **options)
-            place, seconds = None, time.perf_counter() - start
-            samples, reached = train.pop("samples"), train.pop("place", None)
-            random_state = get_random_state()
-            try:
-                if trainer.evaluates_training and run.data.train is not run.data.test:
-                    train = run.evaluation(run.data.train, text="train")
-                trained = Pass(epoch, train, samples, start, seconds)
-                measured = trainer.measure(trained, run.evaluation, sets)
-            except faults.Stopped:
-                if "keep" in options and reached is not None:
-                    set_random_state(random_state)
-                    keep(reached)
-                raise
-            check_measured(trainer, measured, epoch, progress)
-            value = measured.metrics[task.headline]
-            finished = trainer.end_epoch(value)
-
-            better = (
-                value > progress.best_value
-                if task.higher_is_better
-                else value < progress.best_value
-            )
-            best = better or progress.best_epoch == 0
-            if best:
-                progress.best_epoch, progress.best_value = epoch, value
-                progress.best_digest = ""
-            progress.epoch, progress.finished = epoch, finished
-            progress.history += measured.rows
-            progress.times += measured.times
-            progress.lines += measured.lines
-            if trainer.unsaved is None:
-                digest = folder.save(state_of(trainer, run, progress), best=best)
-                if best:
-                    progress.best_digest = digest
-            folder.log(measured.rows, measured.lines, measured.times)
-            if trainer.unsaved is not None:
-                folder.write_line(trainer.unsaved)
-            after_epoch(trainer, run, progress, judge)
+            sampler.set_epoch(number)
+            generator.manual_seed(sampler.seed + number)
+        epoch = Epoch(trainer, run, progress, number, num_epochs, place)
+        with faults.deferred() if epoch.saves else contextlib.nullcontext():
+            epoch.record(epoch.measure(epoch.learn(loader, shares, save_every), sets))
+            place = None
+            after_epoch(trainer, run, progress, next(iter(sets)))
+    folder = run.folder
     if progress.finished:
         folder.write_line(f"Nothing left to learn after epoch {progress.epoch}.")
 
@@ -307,6 +247,100 @@ def fit(
     for line in trainer.conclude(progress, held_out):
         folder.write_line(line)
     return progress
+
+
+class Epoch:
+    """One epoch of a run: learnt, measured, recorded; saved amid it where that is asked for.
+
+    Args:
+        trainer: How the model learns.
+        run: What it works with.
+        progress: What was done before; :meth:`record` adds to it.
+        number: Number of the epoch.
+        last: Number of the last one.
+        place: Where to go on amid it, if it was begun before.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        run: Run,
+        progress: Progress,
+        number: int,
+        last: int,
+        place: Mapping[str, Any] | None,
+    ) -> None:
+        self.trainer, self.run, self.progress = trainer, run, progress
+        self.number, self.last, self.place = number, last, place
+        self.start = time.perf_counter() - (0.0 if place is None else place["seconds"])
+        self.saves = trainer.unsaved is None and trainer.resumes and run.folder.keeps_last
+        self.reached: Mapping[str, Any] | None = None  # the place at the end of learning
+
+    def keep(self, where: Mapping[str, Any]) -> None:
+        """Save the state amid the epoch, at the place that `train_one_epoch` names."""
+        trainer, more = self.trainer, {}
+        trainer.sound(where["epoch"], where["step"])
+        places = ranks.gather({**where, "seconds": time.perf_counter() - self.start})
+        if len(places) > 1 and trainer.splits:
+            more["places"] = places
+        state = state_of(trainer, self.run, self.progress, place=places[0], **more)
+        self.run.folder.save(state, best=False)
+
+    def outlook(self, done: float) -> float:
+        """Estimate the seconds to the end of the run, from the part of the epoch that is done."""
+        former = [row["seconds"] for row in self.progress.times]
+        spent = time.perf_counter() - self.start
+        return seconds_left(done, spent, former, self.last - self.number)
+
+    def learn(self, loader: DataLoader, shares: ranks.Shares | None, save_every: int) -> Pass:
+        """Go through the training batches."""
+        options: dict[str, Any] = {"outlook": self.outlook, "shares": shares, "place": self.place}
+        if self.saves:
+            options |= {"keep": self.keep, "save_every": save_every}
+        metrics = train_one_epoch(self.trainer, loader, epoch=self.number, **options)
+        seconds = time.perf_counter() - self.start
+        samples, self.reached = metrics.pop("samples"), metrics.pop("place", None)
+        return Pass(self.number, metrics, samples, self.start, seconds)
+
+    def measure(self, trained: Pass, sets: Mapping[str, Dataset]) -> Measured:
+        """Evaluate what was learnt; if the run is asked to stop meanwhile, save what is learnt."""
+        trainer, data, evaluation = self.trainer, self.run.data, self.run.evaluation
+        random_state = get_random_state()
+        try:
+            if trainer.evaluates_training and data.train is not data.test:
+                trained.metrics = evaluation(data.train, text="train")
+            measured = trainer.measure(trained, evaluation, sets)
+        except faults.Stopped:
+            if self.saves and self.reached is not None:
+                set_random_state(random_state)
+                self.keep(self.reached)
+            raise
+        check_measured(trainer, measured, self.number, self.progress)
+        return measured
+
+    def record(self, measured: Measured) -> None:
+        """Add the epoch to what was done, save it, and log it."""
+        trainer, run, progress = self.trainer, self.run, self.progress
+        value = measured.metrics[run.task.headline]
+        finished = trainer.end_epoch(value)
+        better = value > progress.best_value
+        if not run.task.higher_is_better:
+            better = value < progress.best_value
+        best = better or progress.best_epoch == 0
+        if best:
+            progress.best_epoch, progress.best_value = self.number, value
+            progress.best_digest = ""
+        progress.epoch, progress.finished = self.number, finished
+        progress.history += measured.rows
+        progress.times += measured.times
+        progress.lines += measured.lines
+        if trainer.unsaved is None:
+            digest = run.folder.save(state_of(trainer, run, progress), best=best)
+            if best:
+                progress.best_digest = digest
+        run.folder.log(measured.rows, measured.lines, measured.times)
+        if trainer.unsaved is not None:
+            run.folder.write_line(trainer.unsaved)
 
 
 def check_measured(trainer: Any, measured: Any, epoch: int, progress: Progress) -> None:
@@ -394,37 +428,26 @@ def train(
     Raises:
         CheckpointError: If the checkpoint cannot be gone on with.
     """
-    data, task, folder, evaluation = run.data, run.task, run.folder, run.evaluation
-    train_loader = build_loader(data.train, **trainer.loader_options(batch_size))
+    train_loader = build_loader(run.data.train, **trainer.loader_options(batch_size))
     num_epochs = trainer.last_epoch(num_epochs)
     seed_everything(seed)
-    progress = Progress() if checkpoint is None else restore(trainer, checkpoint)
-    place = None
-    if checkpoint is None:
-        if not task.higher_is_better:
-            progress.best_value = float("inf")
-    else:
-        settle(trainer, run, Path(source), checkpoint, progress)
-        if "place" in checkpoint:
-            place = own_place(checkpoint, splits=trainer.splits)
-            states = {k: v for k, v in checkpoint.items() if k.startswith("random_state")}
-            place = {**place, **states}
+    progress, place = begin(trainer, run, checkpoint, source)
     if progress.epoch >= num_epochs:
         print(f"Epoch {progress.epoch} of {num_epochs} is done: nothing to resume.")
-    folder.start(run.args_text, run.model_text, progress, fresh=checkpoint is None)
-    if folder.writes:
-        print(f"Run folder: {folder.path}")
+    run.folder.start(run.args_text, run.model_text, progress, fresh=checkpoint is None)
+    if run.folder.writes:
+        print(f"Run folder: {run.folder.path}")
     if progress.history:
         after_epoch(trainer, run, progress, next(iter(run.sets)))
 
     def keep(line: str) -> None:
         progress.lines.append(line)
-        folder.write_line(line)
+        run.folder.write_line(line)
         first = {"epoch": 1, "step": 0, "done": False, "seconds": 0.0, **Averages().state()}
         if trainer.unsaved is None:
-            folder.save(state_of(trainer, run, progress, place=first), best=False)
+            run.folder.save(state_of(trainer, run, progress, place=first), best=False)
 
-    trainer.begin(partial(build_loader, data.train), keep)
+    trainer.begin(partial(build_loader, run.data.train), keep)
     fit(
         trainer,
         run,
@@ -434,27 +457,42 @@ def train(
         place=place,
         save_every=save_every,
     )
-    results: dict[str, Any] = {
-        "output_dir": str(folder.path),
+    return {
+        "output_dir": str(run.folder.path),
         "history": progress.history,
         "best_epoch": progress.best_epoch,
         "best": progress.best_value,
+        **finish(trainer, run, progress),
     }
 
-    def use_best() -> int:
-        if not folder.keeps_best:
-            return progress.epoch
-        best = None
-        if folder.writes:
-            best = load_checkpoint(folder.path / folder.BEST)
-            if progress.best_digest not in ("", best.get("digest")):
-                raise CheckpointError(
-                    f"{folder.path / folder.BEST} is not the state of epoch {progress.best_epoch} "
-                    "any more: something else has replaced it. --resume mends what it can."
-                )
-        trainer.load_best(best)
-        return progress.best_epoch
 
+def begin(
+    trainer: Any, run: Run, checkpoint: Mapping[str, Any] | None, source: str | None
+) -> tuple[Progress, dict[str, Any] | None]:
+    """Return what was done, and the place amid an epoch, of the run that is gone on with, if any.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be gone on with.
+    """
+    if checkpoint is None:
+        worst = float("-inf") if run.task.higher_is_better else float("inf")
+        return Progress(best_value=worst), None
+    progress = restore(trainer, checkpoint)
+    settle(trainer, run, Path(source), checkpoint, progress)
+    if "place" not in checkpoint:
+        return progress, None
+    states = {k: v for k, v in checkpoint.items() if k.startswith("random_state")}
+    return progress, {**own_place(checkpoint, splits=trainer.splits), **states}
+
+
+def finish(trainer: Any, run: Run, progress: Progress) -> dict[str, Any]:
+    """Test the best epoch where it was chosen on held-out samples; let trainer and task finish."""
+    data, task, folder, evaluation = run.data, run.task, run.folder, run.evaluation
+
+    def use_best() -> int:
+        return load_best(trainer, folder, progress)
+
+    results: dict[str, Any] = {}
     if data.val is not None and not trainer.tests_itself:
         epoch = use_best()
         results["test"] = evaluation(data.test)
@@ -470,6 +508,26 @@ def train(
     for line in [*lines, *found.lines]:
         folder.write_line(line)
     return results | more | found.results
+
+
+def load_best(trainer: Any, folder: RunFolder, progress: Progress) -> int:
+    """Take the weights of the best epoch, if they were kept; return the epoch of the weights.
+
+    Raises:
+        CheckpointError: If the file that held them was replaced.
+    """
+    if not folder.keeps_best:
+        return progress.epoch
+    best = None
+    if folder.writes:
+        best = load_checkpoint(folder.path / folder.BEST)
+        if progress.best_digest not in ("", best.get("digest")):
+            raise CheckpointError(
+                f"{folder.path / folder.BEST} is not the state of epoch {progress.best_epoch} "
+                "any more: something else has replaced it. --resume mends what it can."
+            )
+    trainer.load_best(best)
+    return progress.best_epoch
 
 
 def test(run: Run, source: str) -> dict[str, Any]:

@@ -230,12 +230,12 @@ class N3Aggregation2d(nn.Module):
         self, images: Tensor, features: Tensor, log_temp: Tensor | None, grid: PatchGrid
     ) -> Tensor:
         """Volumes from padded images and features and log temperatures (B, M), compiled."""
-        nnn, windows = self.aggregation.nnn, Windows(grid, self.window)
+        nnn, windows = self.aggregation.nnn, Windows(grid, self.window, images.device)
         if torch.is_grad_enabled() or nnn.needs_all or recording():
             distances = window_distances(features, windows)  # (B, M, O)
-            weights = nnn(distances, log_temp, windows.barred(0, grid.rows, images.device))
+            weights = nnn(distances, log_temp, windows.barred(0, grid.rows))
             if recording():
-                self._note(windows.candidates(images.device), weights, grid)
+                self._note(windows.candidates(), weights, grid)
             return window_aggregate(weights, images, windows)
         (b, c), n = images.shape[:2], grid.cols
         out = images.new_empty(b, nnn.K * c, grid.height, grid.width)
@@ -247,7 +247,7 @@ class N3Aggregation2d(nn.Module):
             begin, end = max(0, first - grid.ratio + 1), min(grid.rows, last)
             distances = windows.distances(columns[s], begin, end)
             here = None if log_temp is None else log_temp[s, begin * n : end * n]
-            weights = nnn(distances, here, windows.barred(begin, end, images.device)).contiguous()
+            weights = nnn(distances, here, windows.barred(begin, end)).contiguous()
             windows.aggregate(weights, rows[s], out[s], (begin, end), (first, last))
         return out
 

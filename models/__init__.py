@@ -16,7 +16,9 @@
 - `Options`: its options, which its constructor takes as keywords;
 - `defaults`, `task_defaults` (if there are any): defaults of options of others that differ for it,
   everywhere and by task;
-- `own_layer` (if there is one): the layer, and its options, that ``layer=None`` stands for.
+- `own_layer` (if there is one): the layer, and its options, that ``layer=None`` stands for;
+- `token_grid` (if its instances have one): rows and columns of the patches that its last tokens
+  come from, for `layers.record`.
 
 Beside its options a constructor takes, by their names, what it must know of data and run:
 `in_channels`, `image_size`, `num_classes`, `num_inputs`, `num_outputs`, `tolerance`, `batch_size`,

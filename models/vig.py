@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.graph import normalize_rows
+from layers.record import Neighbors, grid_places, note, recording
 from models.width import WidthOptions
 from ops.maps.pairs import nearest_rows
 from options import option
@@ -156,9 +157,20 @@ class Block(nn.Module):
         indices = nearest_rows(
             y, y if keys is None else keys, self.K, position=position, dilation=self.dilation
         )[1]
+        if recording():
+            self._note(indices, sides)
         y = self.fc2(F.gelu(self.graph(y, indices, keys)))
         x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp2(F.gelu(self.mlp1(x))))
+
+    def _note(self, indices: Tensor, sides: tuple[int, int]) -> None:
+        """Tell which nodes (B, N, K) were taken, squares of nodes where they are pooled."""
+        pool, device = self.pool, indices.device
+        middle = (pool - 1) / 2
+        pooled = [side // pool for side in sides]
+        places = grid_places(pooled, (middle, middle), pool, device)
+        queries = grid_places(sides, (0, 0), 1, device)
+        note(Neighbors(self, tuple(sides), queries, places, indices[:, None], extent=pool))
 
     def extra_repr(self) -> str:
         """Show who looks at whom."""

@@ -3,6 +3,7 @@
     python scripts/bench_layers.py                 # the cases and the scaling with image size
     python scripts/bench_layers.py --parts cases   # only the cases
     python scripts/bench_layers.py --train         # training steps of VGG11 with every layer
+    python scripts/bench_layers.py --device cuda   # the same on a GPU
 
 All implementations of a case take turns within one process, so that they share the machine's
 moods; times are medians, with the quartiles beside them. Peak memory is what one forward and
@@ -11,10 +12,12 @@ backward pass adds to a process of its own that has already run the layer on a s
 plain     the whole similarity of all padded positions, top-K, the input expanded K-fold before
           gathering, Conv1d: the formulas one after the other, as the published layer does
 cropped   the same, with only the needed rows of the similarity and no expansion
+traced    plain after torch.compile (on a GPU, or where it is asked for)
 torch     this project's layer in PyTorch alone (NEIGHBORS_NATIVE=0)
 floor     the operations of PyTorch that `torch` cannot do without, and nothing between them: scores
           and torch.topk, rows gathered and weighed, both gradients; on tensors that lie ready
-compiled  this project's layer with its compiled kernels (the default where there is a compiler)
+compiled  this project's layer with its compiled kernels (the default where there is a compiler; on
+          a GPU where there is Triton)
 conv2d    nn.Conv2d with as many taps
 sdpa      scaled_dot_product_attention on the same tokens, one head
 """
@@ -43,6 +46,7 @@ from torch import nn
 from layers import LAYERS, Conv2d_NN
 from ops.budget import chunk_bytes, pieces
 from ops.cpu import build as native
+from ops.triton.launch import kernels
 
 MIB = 1 << 20
 K = 9
@@ -54,7 +58,7 @@ CASES = {
     "224": {"shape": (1, 64, 224, 224)},
 }
 SCALING_SIDES = (4, 8, 16, 32, 64, 128, 224)
-IMPLEMENTATIONS = ("plain", "cropped", "torch", "floor", "compiled", "conv2d", "sdpa")
+IMPLEMENTATIONS = ("plain", "cropped", "traced", "torch", "floor", "compiled", "conv2d", "sdpa")
 # Positions up to which `plain` and `cropped` form the similarity of all pairs.
 PLAIN_LIMIT = 6000
 
@@ -165,6 +169,7 @@ def build(name, shape, options):
     module = {
         "plain": lambda: Plain(layer),
         "cropped": lambda: Plain(layer, cropped=True),
+        "traced": lambda: torch.compile(Plain(layer)),
         "floor": lambda: Floor(layer, shape),
         "conv2d": lambda: nn.Conv2d(shape[1], shape[1], 3, padding=1),
         "sdpa": Attention,
@@ -174,11 +179,17 @@ def build(name, shape, options):
 
 def available(name, shape, device):
     n = math.prod(side + 2 for side in shape[2:])
-    if name in ("plain", "cropped"):
+    if name in ("plain", "cropped", "traced"):
         return n <= PLAIN_LIMIT
     if name == "floor":
         return device == "cpu"
-    return name != "compiled" or native.library() is not None
+    return name != "compiled" or has_kernels(device)
+
+
+def has_kernels(device):
+    if device == "cpu":
+        return native.library() is not None
+    return kernels("search", torch.empty(0, device=device)) is not None
 
 
 def one_pass(module, x, backward):
@@ -426,6 +437,16 @@ def train(args):
     return rows
 
 
+def status(device):
+    if device == "cpu":
+        return native.status()
+    if not has_kernels(device):
+        return "switched off or absent"
+    import triton
+
+    return f"Triton {triton.__version__}"
+
+
 def describe(args):
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     if Path("/proc/cpuinfo").exists() and args.device == "cpu":
@@ -433,7 +454,7 @@ def describe(args):
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     print(
         f"{args.device}: {name}; {torch.get_num_threads()} threads; torch {torch.__version__}; "
-        f"Python {platform.python_version()}; kernels {native.status()}; K = {K}, cosine, "
+        f"Python {platform.python_version()}; kernels {status(args.device)}; K = {K}, cosine, "
         f"padding 1, float32; medians of up to {args.repeats} repeats"
     )
 
@@ -448,7 +469,7 @@ def main():
         "--sides", nargs="+", type=int, default=SCALING_SIDES, help="of the images of scaling"
     )
     parser.add_argument(
-        "--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS, help="all (traced: on a GPU)"
     )
     parser.add_argument("--train", action="store_true", help="time training steps of VGG11")
     parser.add_argument("--only", nargs="*", help="with --train: layers whose name has this word")
@@ -461,6 +482,10 @@ def main():
     parser.add_argument("--output_dir", default=str(ROOT / "Output" / "bench_layers"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and PyTorch sees none: leave it out, or use cpu.")
+    if not args.implementations:
+        args.implementations = [n for n in IMPLEMENTATIONS if (n, args.device) != ("traced", "cpu")]
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.worker:

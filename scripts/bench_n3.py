@@ -7,6 +7,9 @@ above what the process held before.
 
     python scripts/bench_n3.py            # all cases
     python scripts/bench_n3.py --network  # the whole network as well
+    python scripts/bench_n3.py --device cuda --traced  # on a GPU, plain after torch.compile
+
+`NEIGHBORS_NATIVE=0` before it measures this project's tiles in PyTorch instead of its kernels.
 """
 
 import argparse
@@ -109,6 +112,8 @@ def build(case, plain):
     bn = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm1d)]
     for m in bn:
         m.running_var.fill_(0.05)
+    if plain and case["traced"]:
+        net = torch.compile(net)
 
     seeds = []
 
@@ -195,18 +200,21 @@ def main():
     )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--traced", action="store_true", help="plain goes through torch.compile")
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         job = json.loads(args.worker)
         print(json.dumps(measure(job["case"], job["plain"], job["repeats"])))
         return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and PyTorch sees none: leave it out, or use cpu.")
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     print(f"{'case':<46}{'plain':>16}{'ours':>16}{'faster':>9}{'memory':>9}{'differ':>10}")
     cases = CASES + (NETWORK if args.network or args.cases else [])
     for title, kind, shape, train in [cases[i] for i in args.cases] if args.cases else cases:
         case = {"kind": kind, "shape": shape, "train": train, "device": args.device}
-        case["cpu_time"] = args.cpu_time
+        case |= {"cpu_time": args.cpu_time, "traced": args.traced}
         found = []
         for plain in (True, False):
             repeats = args.repeats if kind != "network" else 1

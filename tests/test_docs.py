@@ -115,7 +115,7 @@ def labelled(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".tsv":
         for name in (path.name, path.name.replace("TRAIN", "TEST")):
-            lines = (f"{i % 2}\t" + "\t".join(str(j * i % 7) for j in range(9)) for i in range(8))
+            lines = (f"{i % 2}\t" + "\t".join(str(j * i % 7) for j in range(32)) for i in range(8))
             path.with_name(name).write_text("\n".join(lines))
         return
     if path.name == "clouds":

@@ -19,8 +19,9 @@ def denoiser(tmp_path, monkeypatch):
     return "a"
 
 
-@pytest.mark.parametrize("layer", ["Conv2d", "ConvNN", "Branching_Attn"])
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "static"), [("Conv2d", False), ("ConvNN", True), ("Branching_Attn", False)]
+)
 def test_programs(run, capsys, layer, static):
     run("--layer", layer, "--K", "4", "--output_dir", "a")
     assert export.export("a", "net.pt2", static=static) <= 1e-5

@@ -314,6 +314,7 @@ class GradientTrainer(Trainer):
             for other, why in (
                 ("use_compiled", "a compiled network would hold on to gathered parameters"),
                 ("ema", "the average would be of one process's part of the weights"),
+                ("channels_last", "parts of parameters lie in memory as plain rows"),
                 ("use_amp", "loss scaling would see one process's part of the gradients"),
             ):
                 if values[other]:

@@ -1,8 +1,8 @@
 """Weighted sums over chosen neighbors: a convolution whose taps are neighbors.
 
 Neighbors are read row by row where they lie: the (B, M, K, C) tensor of all of them never exists,
-forward or backward. Float32 tensors on a CPU go through compiled kernels (`ops.cpu`) where
-there are any, all else through PyTorch in chunks.
+forward or backward. Float32 tensors on a CPU go through compiled kernels (`ops.cpu`), tensors on a
+GPU through `ops.triton`, where there are any, all else through PyTorch in chunks.
 
 Symbols: B batch, M queries, N keys, C channels, K neighbors, O output channels.
 """
@@ -39,7 +39,8 @@ def aggregate_neighbors(
 
     Raises:
         ValueError: for shapes that do not fit or an empty batch.
-        IndexError: for an index outside `x`, where the compiled kernels run.
+        IndexError: for an index outside `x`, where the compiled kernels run; Triton's make what
+            belongs to it no number.
     """
     if x.dim() != 3 or weight.dim() != 3 or indices.dim() not in (2, 3):
         raise ValueError(

@@ -3,11 +3,12 @@
 Queries meet keys in matrix products of a bounded size, whose rows are reduced to their K best
 before the next product is made: O(chunk · N) memory, never O(M · N).
 
-Float32 tensors on a CPU go through compiled kernels where `ops.cpu` can build them; all else
-(float64, half precision, CUDA, MPS, no compiler) through PyTorch, with the same results. Every
-operation is a `torch.library` operator, so that compilation, export and FLOP counting see it whole.
-What is done with neighbors is in `ops.maps.aggregate` and `ops.maps.attend`, neighbors by location
-in `ops.maps.locations`, rows of ready-made scores in `ops.topk`.
+Float32 tensors on a CPU go through compiled kernels where `ops.cpu` can build them, tensors on a
+GPU through `ops.triton` where it can run; all else (float64, MPS, no compiler) through PyTorch,
+with the same results. Every operation is a `torch.library` operator, so that compilation, export
+and FLOP counting see it whole. What is done with neighbors is in `ops.maps.aggregate` and
+`ops.maps.attend`, neighbors by location in `ops.maps.locations`, rows of ready-made scores in
+`ops.topk`.
 
 Many keys of many channels are first scored in 8 bits by the kernels (`ops/cpu/eightbit.h`), where
 the processor has instructions for that: only keys which the error's bound cannot rule out are
@@ -16,9 +17,9 @@ out bit for bit. Where too many are left, or numbers are not finite, the float32
 
 Symbols: B batch, M queries, N keys, C channels, K neighbors.
 
-Ties: of equal scores the lower index wins (with `candidates`, the one earlier among them). On CUDA
-and MPS, where that would need another pass, equal scores may come in any order. Scores that are
-equal in theory can differ in their last bits.
+Ties: of equal scores the lower index wins (with `candidates`, the one earlier among them). In
+PyTorch on CUDA and MPS, where that would need another pass, equal scores may come in any order.
+Scores that are equal in theory can differ in their last bits.
 """
 
 import math

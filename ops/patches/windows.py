@@ -46,10 +46,11 @@ class Windows:
     Args:
         grid: Positions of the patches.
         window: Side of the window in patches; it shrinks to the grid where the grid is smaller.
+        device: Where the images are.
     """
 
-    def __init__(self, grid: PatchGrid, window: int) -> None:
-        self.grid = grid
+    def __init__(self, grid: PatchGrid, window: int, device: torch.device | None = None) -> None:
+        self.grid, self.device = grid, device
         self.size = min(window, grid.rows), min(window, grid.cols)
         self.blocks = grid.block_rows, grid.block_cols
 
@@ -69,32 +70,29 @@ class Windows:
         numbers += [volumes, grid.height, grid.width, top, left]
         return (ctypes.c_int64 * len(numbers))(*numbers)
 
-    def _starts(
-        self, begin: int, end: int, device: torch.device | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Rows begin … end - 1 and the first rows of their windows; all columns, and theirs."""
-        rows, cols = self.grid.rows, self.grid.cols
-        axes = ((begin, end, rows, self.size[0]), (0, cols, cols, self.size[1]))
-        found = []
-        for first, last, count, size in axes:
-            at = torch.arange(first, last, device=device)
-            found.append((at, (at - size // 2).clamp(0, count - size)))
-        return found
+    def _starts(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """First rows of the windows of rows begin … end - 1, first columns of all columns."""
+        spans = ((begin, end, self.grid.rows), (0, self.grid.cols, self.grid.cols))
+        down, across = (
+            (torch.arange(*span, device=self.device) - size // 2).clamp(0, n - size)
+            for (*span, n), size in zip(spans, self.size, strict=True)
+        )
+        return down, across
 
-    def barred(self, begin: int, end: int, device: torch.device | None = None) -> Tensor:
+    def barred(self, begin: int, end: int) -> Tensor:
         """-inf where a patch of rows begin … end - 1 meets itself, else 0 (M, O)."""
-        own = [at - start for at, start in self._starts(begin, end, device)]
-        place = (own[0][:, None] * self.size[1] + own[1]).view(-1, 1)
-        zeros = torch.zeros(len(place), math.prod(self.size), device=device)
+        down, across = self._starts(begin, end)
+        row = torch.arange(begin, end, device=self.device) - down
+        col = torch.arange(self.grid.cols, device=self.device) - across
+        place = (row[:, None] * self.size[1] + col).view(-1, 1)
+        zeros = torch.zeros(len(place), math.prod(self.size), device=self.device)
         return zeros.scatter_(1, place, -torch.inf)
 
-    def candidates(self, device: torch.device | None = None) -> Tensor:
+    def candidates(self) -> Tensor:
         """Patches of the window of every patch (M, O), the patch itself among them."""
         rows, cols = (
-            start[:, None] + torch.arange(size, device=device)
-            for (_, start), size in zip(
-                self._starts(0, self.grid.rows, device), self.size, strict=True
-            )
+            start[:, None] + torch.arange(size, device=self.device)
+            for start, size in zip(self._starts(0, self.grid.rows), self.size, strict=True)
         )
         found = rows[:, None, :, None] * self.grid.cols + cols[None, :, None, :]
         return found.flatten(2).flatten(0, 1)

@@ -37,6 +37,8 @@ def fuzz(kind: str, count: int, number: int) -> list[tuple[Case, str]]:
         codes["returned" if outcome.code is None else f"exit {outcome.code}"] += 1
         if outcome.problem:
             wrong.append((case, outcome.problem))
+            last = outcome.problem.strip().splitlines()[-1]
+            print(f"{kind}: {case.argv}: {last}", file=sys.stderr, flush=True)
 
     run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -49,7 +49,7 @@ SIZES = st.sampled_from([0, 1, 2, 3, 5, 8])
 
 def _words(each: Any) -> st.SearchStrategy[str]:
     if each.choices is not None:
-        return st.sampled_from([*each.choices, *each.choices, "nothing", ""])
+        return st.sampled_from([*map(str, each.choices)] * 2 + ["nothing", ""])
     if each.kind in (int, float):
         return st.sampled_from(WILD_NUMBERS)
     return WILD_WORDS

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import GRAPH_LAYERS
+from layers import GRAPH_LAYERS, record_neighbors
 from main import main
 from models import MODELS
 from models.vig import Block, pool_nodes, position_features
@@ -133,3 +133,20 @@ def test_images_of_another_size():
     with pytest.raises(ValueError, match=r"224 x 224 pixels \(got 32 x 32\)"):
         build("vig_tiny")(torch.empty(1, 3, 32, 32, device="meta"))
     assert math.prod(build("vig_tiny").stages[0].sides) == 196
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_blocks_tell_which_nodes_they_take(pool):
+    torch.manual_seed(0)
+    block = Block(GRAPH_LAYERS["MaxRelative"], 8, 3, 1, pool, 0.0).eval()
+    x = torch.randn(2, 24, 8)
+    with record_neighbors(block) as records:
+        block(x, (4, 6), None)
+    (record,) = records
+    assert (record.map_shape, record.extent, len(record.queries)) == ((4, 6), pool, 24)
+    assert record.places[-1].tolist() == [4 - (pool + 1) / 2, 6 - (pool + 1) / 2]
+    y = block.fc1(x)
+    keys = y if pool == 1 else pool_nodes(y, (4, 6), pool)
+    distances = torch.cdist(F.normalize(y, dim=-1), F.normalize(keys, dim=-1))
+    nearest = distances.topk(3, largest=False).indices
+    assert torch.equal(record.indices[:, 0].sort(-1).values, nearest.sort(-1).values)

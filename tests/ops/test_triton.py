@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from ops.cpu.build import NativeError
-from ops.maps.search import search_torch
+from ops.maps.aggregate import aggregate_neighbors
+from ops.maps.attend import attend_neighbors
+from ops.maps.search import nearest_neighbors, search_torch
 from ops.triton import operators
 
 ROOT = Path(__file__).parents[2]
@@ -73,3 +75,24 @@ print(before, "triton" in sys.modules)
     monkeypatch.setenv("NEIGHBORS_NATIVE", "0")
     found = operators.search(x, x, 3, "cosine", None, False, None, 0)
     assert torch.equal(found[1], search_torch(x, x, 3, "cosine", None, False, None, 0)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_answers_as_the_cpu_does_in_float64(monkeypatch):
+    monkeypatch.setenv("NEIGHBORS_NATIVE", "require")
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 300, 40), torch.randn(24, 40, 9)
+    by_channel, bias = torch.randn(40, 9), torch.randn(24)
+    results = []
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
+        tensors = [t.to(device, dtype).requires_grad_() for t in (x, weight, bias, by_channel)]
+        own = torch.arange(300, device=device)
+        _, indices = nearest_neighbors(None, tensors[0], 9, self_index=own)
+        y = aggregate_neighbors(tensors[0], indices, *tensors[1:3])
+        a = attend_neighbors(*[tensors[0]] * 3, indices, tensors[3], metric="dot", self_score=None)
+        gradients = torch.autograd.grad(y.sin().sum() + a.sin().sum(), tensors)
+        results.append([t.detach().cpu().double() for t in (indices, y, a, *gradients)])
+    for got, expected in zip(*results, strict=True):
+        size = float(expected.abs().max())
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * size)

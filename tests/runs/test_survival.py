@@ -450,7 +450,7 @@ def test_growth_resumes_to_complete_files(tmp_path, monkeypatch):
 
 
 def test_interrupted_runs_leave_the_files_of_an_unbroken_one():
-    words = [sys.executable, "scripts/kill_runs.py", "--moments", "1", "--stride", "35"]
+    words = [sys.executable, "scripts/kill_runs.py", "--moments", "0", "--stride", "70"]
     done = subprocess.run(
         words,
         cwd=ROOT,
@@ -495,6 +495,16 @@ def test_seeds_report_mean_and_deviation(run):
     assert mean == sum(best) / 2
     assert deviation == pytest.approx(abs(best[0] - best[1]) / 2**0.5)
     assert "mean ± standard deviation" in Path("all/seeds.txt").read_text()
+
+
+def test_a_disk_that_is_full_after_the_last_seed_is_said(run, refused, monkeypatch):
+    def full(path, text):
+        raise WriteError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr(program, "write_text", full)
+    code, text = refused(run, "--seeds", 3, 4, "--num_epochs", 1, "--output_dir", "all")
+    assert code == 1
+    assert "error: all/seeds.txt cannot be written: No space left on device." in text
 
 
 def test_deterministic_runs_train(run):

@@ -88,11 +88,11 @@ def test_distances_and_gradients_match_loops(
 
 
 @SIZES
-@pytest.mark.parametrize("K", [1, 9])
-def test_sums_and_gradients_match_loops(device, height, width, patch, stride, window, channels, K):
+def test_sums_and_gradients_match_loops(device, height, width, patch, stride, window, channels):
     grid = PatchGrid(height, width, patch, stride)
     windows = Windows(grid, window)
     images = torch.randn(1, channels, *grid.padded)
+    K = 9 if patch == 2 else 2  # more than a program takes, and fewer
     weights = torch.rand(1, grid.rows * grid.cols, K, windows.size[0] * windows.size[1])
     exact = leaves(weights, images, dtype=torch.float64)
     mine = leaves(weights.to(device), images.to(device))
