@@ -1,7 +1,9 @@
 """Width, DenseNet and U-Net with every layer."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from layers import LAYERS
 from main import main
@@ -43,8 +45,9 @@ def test_every_layer_trains(name):
         assert all(p.grad is not None for p in model.parameters()), type(model)
 
 
-SHORT_UNET = ["--model", "unet", "--dataset", "photos", "--channels", "4", "--num_levels", "1"]
-SHORT_UNET += ["--crop_size", "16", "--crops_per_image", "8", "--limit_test", "1"]
+SHORT_UNET = ["--model", "unet", "--dataset", "denoise", "--train_dir", ".", "--test_dir", "."]
+SHORT_UNET += ["--channels", "4", "--num_levels", "1", "--crop_size", "16"]
+SHORT_UNET += ["--crops_per_image", "64"]
 SHORT_DENSE = ["--model", "densenet121", "--dataset", "digits", "--width", "0.05"]
 SHORT_DENSE += ["--limit_train", "160", "--limit_test", "20"]
 
@@ -53,6 +56,8 @@ SHORT_DENSE += ["--limit_train", "160", "--limit_test", "20"]
 @pytest.mark.parametrize("flags", [SHORT_UNET, SHORT_DENSE], ids=["unet", "densenet121"])
 def test_two_epochs_lower_the_loss(layer, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 3), np.uint8)
+    Image.fromarray(pixels).resize((24, 24)).save("smooth.png")
     short = ["--layer", layer, "--device", "cpu", "--num_epochs", "2", "--batch_size", "32"]
     history = main([*flags, *short, "--lr", "0.003", "--output_dir", "run"])["history"]
     assert history[1]["train_loss"] < history[0]["train_loss"]
