@@ -330,10 +330,17 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Load a checkpoint's weights; a mismatch becomes a ValueError that lists the names."""
+    entries = checkpoint["model"].items()
+    strange = [n for n, v in entries if not isinstance(v, Tensor | Mapping)]
+    strange += [n for n, v in entries if isinstance(v, Mapping) and not n.endswith("_extra_state")]
+    if strange:
+        raise ValueError(f"the checkpoint does not fit the model: {strange[0]} is no tensor.")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the model: {error}") from error
+    except (TypeError, AttributeError, LookupError, ValueError) as error:  # of a model's own state
+        raise ValueError(f"the checkpoint does not fit the model ({error!r}).") from error
 
 
 def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

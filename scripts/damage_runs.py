@@ -138,7 +138,7 @@ class Damage:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.words = [*COMMANDS["gradient"], "--output_dir", RUN]
+        self.words = [*COMMANDS["gradient"], "--output_dir", RUN, "--resume", "auto"]
         self.rows: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self.counter = 0
@@ -192,7 +192,7 @@ class Damage:
 
     def make_good(self, row: dict[str, Any], name: str, folder: Path) -> None:
         """Go on by ``--resume auto``: it has to end with the files of an unbroken run."""
-        ended = wait(start(folder, [*self.words, "--resume", "auto"]), folder)
+        ended = wait(start(folder, self.words), folder)
         wrong = ["the run"] if ended.code else differences(self.expected, snapshot(folder / RUN))
         row["made good afterwards"] += not wrong
         if wrong:
@@ -286,9 +286,9 @@ class Damage:
         """Run, and test, where nothing can be written."""
         row = self.row("the folder cannot be written (tmpfs, read-only)")
         starts = {
-            "--overwrite": [*self.words, "--overwrite"],
+            "--overwrite": [*COMMANDS["gradient"], "--output_dir", RUN, "--overwrite"],
             "--resume": ["--resume", "--output_dir", RUN, "--device", "cpu"],
-            "--resume auto": [*self.words, "--resume", "auto"],
+            "--resume auto": self.words,
         }
         for name, words in starts.items():
             with self.unwritable() as (folder, change):

@@ -184,15 +184,15 @@ def make_files(words: list[str]) -> None:
 
 
 def tiny(entry):
-    """Return a row of `DATASETS` that downloads nothing: 240 random images of 16 x 16."""
-    shape = (entry.shape[0], 16, 16)
+    """Return a row of `DATASETS` that downloads nothing: 240 random images of 16 x 16 or larger."""
 
-    def build(**needs):
+    def build(min_side=1, **needs):
+        shape = (entry.shape[0], max(16, min_side), max(16, min_side))
         labels = torch.arange(240) % entry.num_classes
         part = FeatureArray(torch.rand(240, *shape), labels)
         return Data("tiny", "classification", part, part, shape, entry.num_classes)
 
-    return dataclasses.replace(entry, build=build, shape=shape)
+    return dataclasses.replace(entry, build=build, shape=(entry.shape[0], 16, 16))
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,28 @@ def test_rows():
             check_rows(rows, "rows", ["x"])
 
 
+@pytest.mark.parametrize("value", [None, {"a": 1}, "x", b"x"])
+def test_weights_of_a_grown_network_are_tensors(run, refused, value):
+    run("--output_dir", "run", "--num_layers", 1, model="dynamic")
+    last = load_checkpoint("run/last.pt")
+    for name in last["model"]:
+        save_checkpoint("run/last.pt", spoil(last, ("model", name), value))
+        code, text = refused(main, [*RESUME, "run"])
+        assert code == 2, name
+        assert f"{name} is no tensor" in text
+
+
+@pytest.mark.parametrize("value", [GONE, None, {}, {"num_classes": "x"}, 5])
+def test_what_a_memory_keeps_beside_samples_is_checked(run, refused, value):
+    run("--output_dir", "run", "--K", 1, model="knn")
+    best = load_checkpoint("run/best.pt")
+    (name,) = [name for name in best["model"] if name.endswith("_extra_state")]
+    save_checkpoint("run/best.pt", spoil(best, ("model", name), value))
+    code, text = refused(main, ["--test_only", "--output_dir", "run", "--device", "cpu"])
+    assert code == 2
+    assert "the checkpoint does not fit the model" in text
+
+
 # ---------------------------------------------------------------------------------------------
 # Files that are none
 
