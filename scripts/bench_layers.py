@@ -46,7 +46,7 @@ from torch import nn
 from layers import LAYERS, Conv2d_NN
 from ops.budget import chunk_bytes, pieces
 from ops.cpu import build as native
-from ops.triton.launch import kernels
+from ops.triton import launch
 
 MIB = 1 << 20
 K = 9
@@ -189,7 +189,7 @@ def available(name, shape, device):
 def has_kernels(device):
     if device == "cpu":
         return native.library() is not None
-    return kernels("search", torch.empty(0, device=device)) is not None
+    return launch.kernels("search", torch.empty(0, device=device)) is not None
 
 
 def one_pass(module, x, backward):
@@ -437,24 +437,16 @@ def train(args):
     return rows
 
 
-def status(device):
-    if device == "cpu":
-        return native.status()
-    if not has_kernels(device):
-        return "switched off or absent"
-    import triton
-
-    return f"Triton {triton.__version__}"
-
-
 def describe(args):
+    on_gpu = args.device == "cuda"
+    status = launch.status(torch.device("cuda")) if on_gpu else native.status()
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     if Path("/proc/cpuinfo").exists() and args.device == "cpu":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     print(
         f"{args.device}: {name}; {torch.get_num_threads()} threads; torch {torch.__version__}; "
-        f"Python {platform.python_version()}; kernels {status(args.device)}; K = {K}, cosine, "
+        f"Python {platform.python_version()}; kernels {status}; K = {K}, cosine, "
         f"padding 1, float32; medians of up to {args.repeats} repeats"
     )
 

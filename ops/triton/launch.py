@@ -43,16 +43,18 @@ def _problem(device: torch.device) -> str:
         return ""
     if device.type != "cuda":
         return f"Triton's kernels run on CUDA devices, and these tensors are on {device}"
-    return _problem_of_gpu(device.index)
+    return _problem_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
-def _problem_of_gpu(index: int | None) -> str:
+def _problem_of_gpu(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     if torch.version.hip is None and major < 7:
-        return (
-            f"Triton needs a GPU of compute capability 7.0 or more (this one has {major}.{minor})"
-        )
+        return f"Triton needs compute capability 7.0 or more (this GPU has {major}.{minor})"
+    try:
+        importlib.import_module("ops.triton.search").probe(torch.device("cuda", index))
+    except Exception as error:  # of Triton or what it calls: no C compiler, no headers, the driver
+        return f"Triton does not run here: {error}"
     return ""
 
 
@@ -77,6 +79,15 @@ def kernels(name: str, *tensors: Tensor | None) -> ModuleType | None:
     if switch() == "require":
         raise NativeError(problem)
     return None
+
+
+def status(device: torch.device) -> str:
+    """Say in words whether the kernels are in use on a device."""
+    if switch() == "0":
+        return "switched off"
+    if problem := _problem(device):
+        return f"absent: {problem}"
+    return f"Triton {importlib.import_module('triton').__version__}"
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -116,7 +127,6 @@ def tuned(
     key: Sequence[str],
     small: dict[str, int],
     *shapes: dict[str, int],
-    fits: Callable[..., bool] | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """Decorate a kernel so that its block sizes are the fastest of some, timed at the first use.
@@ -125,8 +135,6 @@ def tuned(
         key: Names of the arguments for whose values they are chosen anew.
         small: Block sizes for the interpreter, which times nothing.
         shapes: Block sizes to be tried on a GPU, "num_warps" and "num_stages" among them.
-        fits: Called with block sizes and the kernel's arguments by name; tells whether the
-            kernel can run with them. It must be true of one at least.
         options: Passed on to `triton.autotune`.
     """
     import triton
@@ -137,10 +145,4 @@ def tuned(
 
     if interpreted():
         return triton.autotune([config(small)], key=list(key))
-    if fits is not None:
-        options["prune_configs_by"] = {
-            "early_config_prune": lambda configs, named, **more: [
-                c for c in configs if fits(c.kwargs, {**named, **more})
-            ]
-        }
     return triton.autotune([config(sizes) for sizes in shapes], key=list(key), **options)

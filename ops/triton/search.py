@@ -45,7 +45,7 @@ from ops.maps.search import places, prepare_indices
 from ops.rows import take_rows
 from ops.triton.launch import has_tf32, next_power, on_device, tuned, widens
 
-__all__ = ["MOST", "search"]
+__all__ = ["MOST", "probe", "search"]
 
 MOST = 64  # neighbors kept in registers
 _MOST_CERTIFIED = 32
@@ -353,6 +353,14 @@ def _pairs(
         a, b, a_rows, b_rows, out, m, n, b.shape[1], c, SQUARED=squared, BM=32, BC=32
     )
     return out
+
+
+def probe(device: torch.device) -> None:
+    """Compile and run a small kernel; raise whatever keeps Triton from that."""
+    ones = torch.ones(1, 1, 1, device=device)
+    with torch.cuda.device_of(ones):
+        if _pairs(ones, ones, 1).item() != 1:
+            raise RuntimeError("a product of ones is not one")
 
 
 def _round_tf32(x: Tensor) -> Tensor:

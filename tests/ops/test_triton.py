@@ -1,5 +1,6 @@
 """Triton's kernels beside the operators: run in its interpreter, and what is done without them."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -14,7 +15,7 @@ from ops.cpu.build import NativeError
 from ops.maps.aggregate import aggregate_neighbors
 from ops.maps.attend import attend_neighbors
 from ops.maps.search import nearest_neighbors, search_torch
-from ops.triton import operators
+from ops.triton import launch, operators
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,11 +55,29 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
             assert (path.stem, function) in compiled
 
 
+@needs_triton
+def test_a_gpu_that_cannot_run_them_is_told_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    problem = launch._problem_of_gpu.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert "capability 7.0 or more (this GPU has 6.1)" in problem(0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def probe(device):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(importlib.import_module("ops.triton.search"), "probe", probe)
+    assert problem(0) == "Triton does not run here: Failed to find C compiler"
+    assert launch.status(torch.device("cpu")).startswith("absent: Triton's kernels run on CUDA")
+    monkeypatch.setenv("NEIGHBORS_NATIVE", "0")
+    assert launch.status(torch.device("cpu")) == "switched off"
+
+
 def test_without_a_gpu_pytorch_answers_and_triton_stays_unloaded(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code = """
 import sys, torch, ops
-from ops.triton import operators
+from ops.triton import launch, operators
 before = "triton" in sys.modules
 x = torch.randn(1, 30, 4)
 operators.search(x, x, 3, "cosine", None, False, None, 0)
@@ -75,6 +94,13 @@ print(before, "triton" in sys.modules)
     monkeypatch.setenv("NEIGHBORS_NATIVE", "0")
     found = operators.search(x, x, 3, "cosine", None, False, None, 0)
     assert torch.equal(found[1], search_torch(x, x, 3, "cosine", None, False, None, 0)[1])
+
+
+@needs_triton
+def test_the_probe_runs_a_kernel(monkeypatch):
+    code = "import torch; from ops.triton.search import probe; probe(torch.device('cpu'))"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 @pytest.mark.gpu
