@@ -60,7 +60,7 @@ from commandline import (
     parse_arguments,
     resolve_device,
 )
-from dataset import DataError, build_loader
+from dataset import Data, DataError, build_loader
 from environment import describe_environment, fingerprint, record_start
 from ops.cpu import build as native
 from options import (
@@ -303,7 +303,6 @@ def run_choice(
 ) -> dict[str, Any]:
     """Load, build, and train, test, try or treat a file."""
     device, task = torch.device(values["device"]), build_task(values, choice)
-    trainer_type = choice.trainer_type
     if values["deterministic"]:
         be_deterministic()
     with in_agreement():
@@ -318,34 +317,14 @@ def run_choice(
                 counts, lines = inspect_data(data, values["num_workers"])
                 print(*data.notes, *lines, sep="\n")
                 return {"output_dir": None, "counts": counts}
-            if choice.entry.shape is None:
-                rehearse_run(values, choice, data)
-            model = build_model(values, choice, task.sizes(data)).to(device)
-            model_text = describe(model, trainer_type, data, device)
-            if checkpoint is not None:
-                load_weights(model, checkpoint)
-            if weights is not None:
-                load_pretrained(model, weights)
-            trainer = None
-            if not values["test_only"]:
-                trainer = build_trainer(values, choice, model, task, data, device)
+            model, trainer, model_text = build_learner(
+                values, choice, task, data, device, checkpoint, weights
+            )
         except ValueError as error:  # DataError, and what layers and models refuse
             parser.error(flagged(error, all_options()))
     for note in data.notes:
         print(note)
-    judged = model if trainer is None else trainer.evaluated
-    for network in dict.fromkeys((model, judged)):
-        trainer_type.prepare(network, values)
-
-    loader = partial(
-        build_loader,
-        batch_size=trainer_type.batch(values["batch_size"]),
-        seed=values["seed"],
-        num_workers=values["num_workers"],
-        pin_memory=device.type == "cuda",
-    )
-    amp = trainer_type.Options.keywords(values).get("use_amp", False)
-    evaluation = Evaluation(judged, task, device, loader, amp=amp, with_loss=trainer_type.has_loss)
+    evaluation, loader = build_evaluation(values, choice, task, model, trainer, device)
     arguments, same = settled_arguments(values, checkpoint, folder)
     run = Run(
         folder,
@@ -372,6 +351,54 @@ def run_choice(
     results = learn(trainer, run, loader, checkpoint, values, settings)
     print_closing(folder)
     return results
+
+
+def build_learner(
+    values: Mapping[str, Any],
+    choice: Choice,
+    task: Task,
+    data: Data,
+    device: torch.device,
+    checkpoint: Mapping[str, Any] | None,
+    weights: Mapping[str, torch.Tensor] | None,
+) -> tuple[torch.nn.Module, Trainer | None, str]:
+    """Build the model with its weights, its trainer where it is to learn, and its description."""
+    if choice.entry.shape is None:
+        rehearse_run(values, choice, data)
+    model = build_model(values, choice, task.sizes(data)).to(device)
+    model_text = describe(model, choice.trainer_type, data, device)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    if weights is not None:
+        load_pretrained(model, weights)
+    if values["test_only"]:
+        return model, None, model_text
+    return model, build_trainer(values, choice, model, task, data, device), model_text
+
+
+def build_evaluation(
+    values: Mapping[str, Any],
+    choice: Choice,
+    task: Task,
+    model: torch.nn.Module,
+    trainer: Trainer | None,
+    device: torch.device,
+) -> tuple[Evaluation, Callable[..., DataLoader]]:
+    """Return how data sets are evaluated, and what makes the run's loaders."""
+    trainer_type = choice.trainer_type
+    judged = model if trainer is None else trainer.evaluated
+    for network in dict.fromkeys((model, judged)):
+        trainer_type.prepare(network, values)
+    loader = partial(
+        build_loader,
+        batch_size=trainer_type.batch(values["batch_size"]),
+        seed=values["seed"],
+        num_workers=values["num_workers"],
+        pin_memory=device.type == "cuda",
+    )
+    amp = trainer_type.Options.keywords(values).get("use_amp", False)
+    with_loss = trainer_type.has_loss
+    return Evaluation(judged, task, device, loader, amp=amp, with_loss=with_loss), loader
 
 
 def learn(
