@@ -34,12 +34,13 @@ def _network(
         known -= {"layer"}
         table = LAYER_KINDS[getattr(model_type, "layer_kind", "maps")]
         keywords["layer"] = None
+        defaults = getattr(model_type, "defaults", {})
         if layer is None and not hasattr(model_type, "own_layer"):
-            layer = getattr(model_type, "defaults", {}).get("layer", "ConvNN")
+            layer = defaults.get("layer", "ConvNN")
         if layer is not None:
             check_choice("layer", layer, table)
             layer_names = table[layer].Options.names()
-            mine = {key: value for key, value in options.items() if key in layer_names}
+            mine = {k: v for k, v in {**defaults, **options}.items() if k in layer_names}
             keywords["layer"] = functools.partial(table[layer], **mine)
     elif layer is not None:
         raise ValueError(f"{name} takes no layer (got {layer!r}): leave it out.")

@@ -86,6 +86,10 @@ from utils import WriteError, count_parameters, format_args, seed_everything, wr
 __all__ = ["build_parser", "main"]
 
 
+# What PyTorch and Python say where memory is full: of a tensor, of the stack of a thread.
+MEMORY_SIGNS = ("can't allocate memory", "can't start new thread")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line.
 
@@ -174,7 +178,7 @@ def run_command(
             stop.said = True
             raise
         except RuntimeError as error:
-            if "can't allocate memory" in str(error):
+            if any(sign in str(error) for sign in MEMORY_SIGNS):
                 text = out_of_memory(values)
             elif initialised() and left_alone(error):
                 reason = str(error).splitlines()[0]

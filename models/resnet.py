@@ -92,7 +92,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform `x`."""
-        identity, y = self.identity(x), self.conv_layer(x)
+        identity, y = self.identity(_first_channels(x)), self.conv_layer(x)
         if y.shape != identity.shape:
             raise ValueError(
                 f"the layers of a residual block made a map of {tuple(y.shape[2:])} positions, "
@@ -109,6 +109,15 @@ class ResBlock(nn.Module):
                     twin = prefix + here + key.removeprefix(prefix + there)
                     state_dict.setdefault(twin, state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _first_channels(x: Tensor) -> Tensor:
+    """Lay a map of a CPU out with its channels first.
+
+    oneDNN 3.12 (PyTorch 2.14) writes beyond the weights' gradient of a strided 1×1 convolution of
+    few channels (8 and less, of maps of 64×64 and more) where they come last in memory.
+    """
+    return x.contiguous() if x.device.type == "cpu" else x
 
 
 class ResNet(nn.Module):

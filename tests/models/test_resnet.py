@@ -97,6 +97,17 @@ def test_checkpoints_with_one_of_two_names_load(kept):
     torch.testing.assert_close(models[0](x), models[1](x))
 
 
+def test_shortcuts_see_channels_first():
+    # oneDNN spoils memory in the weights' gradient of strided 1x1 convolutions of channels_last maps.
+    block, seen = ResBlock(LAYERS["ConvNN"], 4, 8, stride=2).eval(), []
+    block.identity.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.randn(2, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+    y = block(x)
+    assert seen[0].is_contiguous()
+    torch.testing.assert_close(seen[0], x)
+    torch.testing.assert_close(y, block(x.contiguous()))
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"depth must be one of 18, 34 \(got 50\)"):
         ResNet(layer=LAYERS["Conv2d"], depth=50)
