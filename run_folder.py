@@ -48,6 +48,9 @@ class TrainingError(RuntimeError):
     batch: Any = None
 
 
+TIME_COLUMNS = ("epoch", "seconds", "train_seconds", "train_samples_per_second")
+
+
 @dataclass
 class Progress:
     """What a run has done so far; part of every checkpoint.
@@ -92,8 +95,8 @@ class Progress:
             ):
                 raise CheckpointError(f"'{name}' of its 'progress' is missing or of another type.")
             setattr(made, name, value.copy() if isinstance(value, list) else value)
-        for name, column in (("history", "epoch"), ("times", "seconds")):
-            check_rows(getattr(made, name), f"progress['{name}']", [column])
+        check_rows(made.history, "progress['history']", ["epoch"])
+        check_rows(made.times, "progress['times']", set(TIME_COLUMNS) - {"train_seconds"})
         if not all(isinstance(line, str) for line in made.lines):
             raise CheckpointError("its progress['lines'] holds something else than text.")
         told = [row["epoch"] for row in made.history]
@@ -103,10 +106,8 @@ class Progress:
                 f"its progress says epoch {made.epoch}, best epoch {made.best_epoch}, and has rows "
                 f"of {len(told)} epochs: they do not belong together."
             )
-        if made.times and "train_samples_per_second" in made.times[0]:
-            # Older files do not know how long the training part of an epoch took.
-            rows = made.times
-            made.times = [{**r, "train_seconds": r.get("train_seconds", math.nan)} for r in rows]
+        # Older files do not know how long the training part of an epoch took.
+        made.times = [{c: row.get(c, math.nan) for c in TIME_COLUMNS} for row in made.times]
         return made
 
 

@@ -98,7 +98,7 @@ def test_checkpoints_with_one_of_two_names_load(kept):
 
 
 def test_shortcuts_see_channels_first():
-    # oneDNN spoils memory in the weights' gradient of strided 1x1 convolutions of channels_last maps.
+    # Where channels come last, oneDNN spoils memory in strided 1x1 convolutions (their gradient).
     block, seen = ResBlock(LAYERS["ConvNN"], 4, 8, stride=2).eval(), []
     block.identity.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     x = torch.randn(2, 4, 16, 16).contiguous(memory_format=torch.channels_last)
