@@ -86,8 +86,14 @@ from utils import WriteError, count_parameters, format_args, seed_everything, wr
 __all__ = ["build_parser", "main"]
 
 
-# What PyTorch and Python say where memory is full: of a tensor, of the stack of a thread.
-MEMORY_SIGNS = ("can't allocate memory", "can't start new thread")
+# What PyTorch, Python and oneDNN say where memory is full: of a tensor, of the stack of a thread, of
+# a convolution's code and buffers.
+MEMORY_SIGNS = (
+    "can't allocate memory",
+    "can't start new thread",
+    "could not create a primitive",
+    "could not create a memory",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
