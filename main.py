@@ -86,8 +86,8 @@ from utils import WriteError, count_parameters, format_args, seed_everything, wr
 __all__ = ["build_parser", "main"]
 
 
-# What PyTorch, Python and oneDNN say where memory is full: of a tensor, of the stack of a thread, of
-# a convolution's code and buffers.
+# What PyTorch, Python and oneDNN say where memory is full: of a tensor, of the stack of a thread,
+# of a convolution's code and buffers.
 MEMORY_SIGNS = (
     "can't allocate memory",
     "can't start new thread",
