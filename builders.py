@@ -162,7 +162,13 @@ class OutputOptions(Options):
 def choosing_options() -> list[Option]:
     """Return the flags that choose a row of a table."""
     return [
-        Option("model", "vgg11", "network", choices=tuple(MODELS), fixed=True),
+        Option(
+            "model",
+            "vgg11",
+            "network; besides those listed every torchvision:NAME and timm:NAME",
+            choices=MODELS,
+            fixed=True,
+        ),
         Option(
             "layer",
             "ConvNN",

@@ -332,7 +332,7 @@ def run_choice(
             )
         except ValueError as error:  # DataError, and what layers and models refuse
             parser.error(flagged(error, all_options()))
-    for note in data.notes:
+    for note in (*data.notes, *getattr(model, "notes", ())):
         print(note)
     evaluation, loader = build_evaluation(values, choice, task, model, trainer, device)
     arguments, same = settled_arguments(values, checkpoint, folder)

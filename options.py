@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, NoReturn
 
@@ -57,7 +57,7 @@ class Option:
         most: Largest value.
         above: All values are larger than this.
         below: All values are smaller than this.
-        choices: The values there are.
+        choices: The values there are; a mapping of them may hold others that it does not list.
         several: "list": one or more values (``--name a b``); "commas": one value, or several in
             one word (``1,3,5``); "range": one value, or the two ends of a range (``--name a b``).
         metavar: What stands for the value in help texts.
@@ -81,7 +81,7 @@ class Option:
     most: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: tuple[str, ...] | None = None
+    choices: Collection[str] | None = None
     several: str | None = None
     metavar: str | None = None
     bare: Any = None
@@ -542,9 +542,8 @@ def read_texts(
 # Checks
 
 
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse a value that is not one of the choices."""
-    choices = tuple(choices)
     if value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(choices)} (got {value!r}).")
 

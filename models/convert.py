@@ -6,9 +6,11 @@ listed. `ForeignNetwork` builds a network of torchvision or timm and converts it
 """
 
 import copy
-from collections import Counter
+import difflib
+import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +20,9 @@ from layers import LAYERS
 from layers.convnn import Conv2d_NN
 from options import Options, check_choice
 
-__all__ = ["Conversion", "ForeignNetwork", "convert"]
+__all__ = ["SOURCES", "Conversion", "ForeignNetwork", "convert"]
+
+SOURCES = ("torchvision", "timm")  # whose networks `--model SOURCE:NAME` takes
 
 
 @dataclass
@@ -38,9 +42,19 @@ class Conversion:
     copied: list[str] = field(default_factory=list)
 
     def reasons(self) -> str:
-        """Say why convolutions were kept, each reason with how often."""
-        counts = Counter(self.kept.values())
-        return ", ".join(f"{why} ({count})" for why, count in counts.most_common())
+        """Say why convolutions were kept, each reason with how often, and which they are.
+
+        Those of 1x1 are left by rule and many: only their number is said, and at most four names
+        of the others.
+        """
+        found: dict[str, list[str]] = {}
+        for name, why in self.kept.items():
+            found.setdefault(why, []).append(name)
+        parts = []
+        for why, names in sorted(found.items(), key=lambda item: -len(item[1])):
+            listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            parts.append(f"{why} ({len(names)}{'' if why == '1x1' else f': {listed}'})")
+        return ", ".join(parts)
 
     def __str__(self) -> str:
         parts = [f"{len(self.replaced)} convolutions replaced, {len(self.copied)} with weights"]
@@ -169,12 +183,16 @@ class ForeignNetwork(nn.Module):
         layer: `layer(in_channels=, out_channels=, stride=) -> nn.Module`.
         source: "torchvision" or "timm".
         name: The network's name there.
-        in_channels: Channels of the images; other numbers than 3 need timm.
+        in_channels: Channels of the images.
         num_classes: Number of outputs.
+
+    Attributes:
+        conversion: What was replaced and what was not.
+        notes: What is said of it when a run begins.
 
     Raises:
         ValueError: for a network that is not there, with the package to install, or one in which
-            nothing can be replaced.
+            nothing can be replaced; when run by shapes alone, for images that it does not take.
     """
 
     Options = Options
@@ -197,45 +215,100 @@ class ForeignNetwork(nn.Module):
         super().__init__()
         network = build_foreign(source, name, in_channels, num_classes)
         self.conversion = convert(network, layer)
-        self.network = self.conversion.module
+        self.name, self.network = f"{source}:{name}", self.conversion.module
         if not self.conversion.replaced:
             raise ValueError(
-                f"{source}:{name} has no convolution that a layer can replace: "
+                f"{self.name} has no convolution that a layer can replace: "
                 f"{self.conversion.reasons()}. Choose another network."
             )
 
+    @property
+    def notes(self) -> list[str]:
+        """Say how many convolutions were replaced, and which were left and why."""
+        kept = self.conversion.kept
+        left = f"; {len(kept)} left as they are: {self.conversion.reasons()}" if kept else ""
+        count = len(self.conversion.replaced)
+        return [f"note: {self.name}: {count} convolution{'s' * (count != 1)} replaced{left}."]
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores of `x`."""
-        return self.network(x)
+        if not x.is_meta:
+            return self.network(x)
+        try:
+            return self.network(x)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"{self.name} takes no images of {x.shape[2]}x{x.shape[3]} with {x.shape[1]} "
+                f"channel{'s' * (x.shape[1] != 1)} ({str(error).strip().rstrip('.')}). "
+                f"{size_hint(self.network)}"
+            ) from error
 
     def extra_repr(self) -> str:
         """Say what was converted."""
         return str(self.conversion)
 
 
+def size_hint(network: nn.Module) -> str:
+    """Say of what size the images are that a network is made for."""
+    known = (getattr(network, "default_cfg", None) or {}).get("input_size")
+    if known is None:
+        return "Most networks are made for images of 224x224: try --resize 224."
+    return f"It is made for images of {known[1]}x{known[2]}: try --resize {known[1]}."
+
+
+# Networks that answer with more than scores while they learn, and what makes them stop.
+SCORES_ALONE = {
+    name: {"aux_logits": False, "init_weights": False} for name in ("googlenet", "inception_v3")
+}
+
+
 def build_foreign(source: str, name: str, in_channels: int, num_classes: int) -> nn.Module:
     """Build a network of another package, without weights."""
-    import importlib
-
     try:
-        package = importlib.import_module(source)
-        zoo = importlib.import_module("torchvision.models") if source == "torchvision" else package
+        zoo = importlib.import_module("torchvision.models" if source == "torchvision" else source)
     except ImportError as error:
         raise ValueError(
             f"{source}:{name} needs the package {source}, which is not installed. "
             f"Try: pip install {source}"
         ) from error
-    there = zoo.list_models()
+    there = zoo.list_models(module=zoo) if source == "torchvision" else zoo.list_models()
     if name not in there:
-        close = [other for other in there if other.startswith(name[:4])][:8]
-        raise ValueError(
-            f"{source} has no network {name!r}. Close to it: {', '.join(close) or 'none'}."
+        close = difflib.get_close_matches(name.partition(".")[0], there, n=6)
+        hint = (
+            f"Close to it: {', '.join(close)}"
+            if close
+            else f"{zoo.__name__}.list_models() lists them"
         )
-    if source == "timm":
-        return zoo.create_model(name, in_chans=in_channels, num_classes=num_classes)
-    if in_channels != 3:
-        raise ValueError(
-            f"networks of torchvision take 3 channels (got {in_channels}). Try a data set in "
-            "color, or a network of timm."
-        )
-    return zoo.get_model(name, weights=None, num_classes=num_classes)
+        raise ValueError(f"{source} has no network {name!r}. {hint}.")
+    build = build_timm if source == "timm" else build_torchvision
+    try:
+        return build(zoo, name, in_channels, num_classes)
+    except NotImplementedError:  # sizes that are computed by tensors are not there on meta
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            return build(zoo, name, in_channels, num_classes).to(device)
+
+
+def build_timm(zoo: ModuleType, name: str, in_channels: int, num_classes: int) -> nn.Module:
+    """Build a network of timm."""
+    return zoo.create_model(name, in_chans=in_channels, num_classes=num_classes)
+
+
+def build_torchvision(zoo: ModuleType, name: str, in_channels: int, num_classes: int) -> nn.Module:
+    """Build a network of torchvision; its first convolution anew for other numbers of channels."""
+    extra = SCORES_ALONE.get(name, {})
+    network = zoo.get_model(name, weights=None, num_classes=num_classes, **extra)
+    if in_channels == 3:
+        return network
+    first, conv = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    parent, _, last = first.rpartition(".")
+    new = type(conv)(
+        in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        bias=conv.bias is not None,
+    )
+    setattr(network.get_submodule(parent), last, new)
+    return network

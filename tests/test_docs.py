@@ -38,7 +38,7 @@ from tasks import DATASETS, TASKS
 
 COMMANDS = commands()
 STAND_INS = {"LAYER": "ConvNN", "NAME": "n3net", "SEED": "0", "<n>": "0"}
-OPTIONAL = {"--ransac": "cv2"}  # flags that need a package which may be missing
+OPTIONAL = {"--ransac": "cv2", "timm:resnet10t": "timm"}  # words that need a package
 DOWNLOADED = ("mnist", "fashionmnist", "cifar10", "cifar100")
 
 # Behind the flags of a command, by the class of its model; a later flag wins.
@@ -261,7 +261,7 @@ def run_main(words: list[str]) -> None:
         extra += ["--val_split", "0.5"]
     if not set(words) & set(NEVER_DRY):
         extra += ["--dry_run"]
-    if any(flag in words and find_spec(package) is None for flag, package in OPTIONAL.items()):
+    if any(word in words and find_spec(package) is None for word, package in OPTIONAL.items()):
         with pytest.raises(SystemExit) as stop:
             main([*words, *extra])
         assert stop.value.code == 2

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from layers import LAYERS
+from main import main
+from models import MODELS, model_class
 from models.convert import ForeignNetwork, convert
 
 LOC = {"similarity_type": "Loc", "magnitude_type": "euclidean"}
@@ -34,8 +36,7 @@ def test_branching_trains_in_resnet18():
     network = convert(
         torchvision.models.resnet18(num_classes=4), layer="Branching", K=9
     ).module.train()
-    y = torch.arange(8) % 4  # each class of its own colour
-    x = torch.randn(4, 3, 1, 1)[y] + 0.3 * torch.randn(8, 3, 64, 64)
+    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(7):
@@ -120,7 +121,131 @@ def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match=r"timm:resnet10t needs the package timm, .* pip install"):
         ForeignNetwork(layer=LAYERS["Conv2d"], source="timm", name="resnet10t")
     pytest.importorskip("torchvision")
-    with pytest.raises(ValueError, match=r"no network 'resnet19'. Close to it: resnet101"):
+    with pytest.raises(ValueError, match=r"no network 'resnet19'. Close to it: resnet18"):
         ForeignNetwork(layer=LAYERS["Conv2d"], source="torchvision", name="resnet19")
-    with pytest.raises(ValueError, match=r"take 3 channels \(got 1\)"):
-        ForeignNetwork(layer=LAYERS["Conv2d"], source="torchvision", name="resnet18", in_channels=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# By --model
+
+
+def meta(source, name, **sizes):
+    with torch.device("meta"):
+        return ForeignNetwork(layer=LAYERS["Conv2d"], source=source, name=name, **sizes)
+
+
+SHORT = [
+    *("--dataset", "digits", "--resize", "32", "--device", "cpu", "--limit_train", "32"),
+    *("--limit_test", "16", "--batch_size", "16", "--num_epochs", "2"),
+    *("--optimizer", "adam", "--lr", "1e-3"),
+]
+
+
+@pytest.mark.parametrize("model", ["timm:resnet10t", "torchvision:resnet18"])
+def test_a_network_by_its_name_is_trained_and_tested(model, tmp_path, monkeypatch, capsys):
+    package = model.partition(":")[0]
+    pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--layer", "Branching", "--K", "4", "--output_dir", "run"]
+    history = main(["--model", model, *SHORT, *flags])["history"]
+    said = capsys.readouterr().out
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert said.count("3 left as they are: 1x1 (3).") == 1
+    assert "layer2.0.downsample" in (tmp_path / "run" / "model.txt").read_text()
+    again = main(["--test_only", "--output_dir", "run", "--device", "cpu"])
+    best = max(history, key=lambda row: row["test_top1"])
+    assert again["test"]["loss"] == best["test_loss"]
+
+
+def test_every_name_of_a_known_package_is_a_model(capsys):
+    for name in ("timm:some", "torchvision:some"):
+        assert name in MODELS
+        assert model_class(name) is ForeignNetwork
+    for name in ("timm:", "keras:some", "some", "timm", None):
+        assert name not in MODELS
+    with pytest.raises(KeyError, match="keras:some"):
+        MODELS["keras:some"]
+    with pytest.raises(SystemExit) as stop:
+        main(["--help", "timm:some"])
+    assert stop.value.code == 0
+    assert "--model timm:some: A network of torchvision or timm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("timm:resnet10x", "timm has no network 'resnet10x'. Close to it: resnet10t"),
+        ("timm:resnet18.a1_in1k", "timm has no network 'resnet18.a1_in1k'. Close to it: resnet18,"),
+        ("timm:zzzzzzz", "timm has no network 'zzzzzzz'. timm.list_models() lists them."),
+        (
+            "timm:swin_tiny_patch4_window7_224",
+            "can replace: kernel 4x4 (1: patch_embed.proj). Choose another",
+        ),
+        ("timm:levit_128", "takes no images of 32x32 with 1 channel"),
+        ("timm:levit_128", "made for images of 224x224: try --resize 224"),
+        ("timm:", "--model: invalid choice: 'timm:'"),
+    ],
+)
+def test_names_of_timm_that_cannot_be_used(model, message, refused, tmp_path, monkeypatch):
+    pytest.importorskip("timm", reason="timm is not installed (pip install timm)")
+    monkeypatch.chdir(tmp_path)
+    code, text = refused(main, ["--model", model, *SHORT])
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("torchvision:resnet19", "torchvision has no network 'resnet19'. Close to it: resnet18"),
+        ("torchvision:fcn_resnet50", "torchvision has no network 'fcn_resnet50'"),
+        ("torchvision:inception_v3", "takes no images of 32x32 with 1 channel"),
+        ("torchvision:maxvit_t", "Most networks are made for images of 224x224: try --resize 224"),
+    ],
+)
+def test_names_of_torchvision_that_cannot_be_used(model, message, refused, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    code, text = refused(main, ["--model", model, *SHORT])
+    assert code == 2
+    assert message in text
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_line_that_installs_it(
+    refused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    code, text = refused(main, ["--model", "timm:resnet10t", *SHORT])
+    assert code == 2
+    assert "timm:resnet10t needs the package timm, which is not installed" in text
+    assert "pip install timm" in text
+
+
+@pytest.mark.parametrize("name", ["regnet_x_400mf", "densenet121", "vgg11", "squeezenet1_0"])
+def test_networks_of_torchvision_take_any_number_of_channels(name):
+    pytest.importorskip("torchvision")
+    y = meta("torchvision", name, in_channels=5, num_classes=3)(
+        torch.empty(2, 5, 64, 64).to("meta")
+    )
+    assert y.shape == (2, 3)
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 64), ("inception_v3", 96)])
+def test_networks_with_auxiliary_classifiers_give_scores_alone(name, side):
+    pytest.importorskip("torchvision")
+    y = meta("torchvision", name, num_classes=3).train()(torch.empty(2, 3, side, side).to("meta"))
+    assert y.shape == (2, 3)
+
+
+def test_what_is_left_is_listed_by_reason():
+    network = nn.Sequential(
+        *(nn.Conv2d(4, 4, 1) for _ in range(9)),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1),
+    )
+    text = convert(network, "Conv2d").reasons()
+    assert text == "1x1 (9), 2 groups (1: 9), dilated (1: 10)"
