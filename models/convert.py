@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layers import LAYERS
 from layers.convnn import Conv2d_NN
-from options import Options, check_choice
+from options import Options, check_choice, did_you_mean
 
 __all__ = ["SOURCES", "Conversion", "ForeignNetwork", "convert"]
 
@@ -99,20 +99,28 @@ def convert(
     """
     if isinstance(layer, str):
         check_choice("layer", layer, LAYERS)
+        known = {each.argument or each.name for each in LAYERS[layer].Options.declared()}
+        for name in options:
+            if name not in known:
+                raise ValueError(
+                    f"{layer} has no option {name!r}.{did_you_mean(name, known)} There is: "
+                    f"{', '.join(sorted(known))}."
+                )
         layer = LAYERS[layer]
     done = Conversion(copy.deepcopy(module))
-    convolutions = {
-        name: conv
-        for name, conv in done.module.named_modules()
-        if isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    }
-    if unknown := sorted(set(leave) - set(convolutions)):
+    places: dict[nn.Module, list[str]] = {}  # a convolution may be used in several
+    for name, each in done.module.named_modules(remove_duplicate=False):
+        if isinstance(each, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            places.setdefault(each, []).append(name)
+    there = {name for names in places.values() for name in names}
+    if unknown := sorted(set(leave) - there):
         raise ValueError(
             f"leave names {', '.join(unknown)}, which is no convolution of this network. There is: "
-            f"{', '.join(convolutions)}."
+            f"{', '.join(names[0] for names in places.values())}."
         )
-    for name, conv in convolutions.items():
-        why = "as asked" if name in leave else _reason_to_keep(conv)
+    for conv, names in places.items():
+        name = names[0]
+        why = "as asked" if set(names) & set(leave) else _reason_to_keep(conv)
         if why is not None:
             done.kept[name] = why
             continue
@@ -129,8 +137,9 @@ def convert(
         if not name:
             done.module = new
             continue
-        parent, _, last = name.rpartition(".")
-        setattr(done.module.get_submodule(parent), last, new)
+        for place in names:
+            parent, _, last = place.rpartition(".")
+            setattr(done.module.get_submodule(parent), last, new)
     return done
 
 

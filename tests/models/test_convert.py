@@ -112,7 +112,27 @@ def test_what_no_layer_can_replace_is_listed():
     assert torch.equal(done.module[6].weight, network[6].weight)
 
 
+def test_a_convolution_that_is_used_twice_is_replaced_by_one_layer():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    network = nn.Sequential(conv, nn.ReLU(), conv, block, block)
+    done = convert(network, "ConvNN", K=9, **LOC)
+    assert done.replaced == done.copied == ["0", "3.0"]
+    assert done.module[0] is done.module[2]
+    assert done.module[3] is done.module[4]
+    assert not any(isinstance(m, nn.Conv2d) for m in done.module.modules())
+    x = torch.randn(1, 4, 6, 6)
+    torch.testing.assert_close(done.module(x), network(x), rtol=1e-4, atol=1e-4)
+    kept = convert(network, "Branching", leave=["2"], K=9)  # either name says which
+    assert kept.kept == {"0": "as asked"}
+    assert kept.module[0] is kept.module[2]
+
+
 def test_refusals(monkeypatch):
+    with pytest.raises(ValueError, match=r"ConvNN has no option 'k'. Did you mean K\? There is: K, agg"):
+        convert(nn.Conv2d(1, 1, 3), "ConvNN", k=9)
+    with pytest.raises(ValueError, match=r"Conv2d has no option 'K'. There is: dilation, kernel"):
+        convert(nn.Conv2d(1, 1, 3), "Conv2d", K=9)
     with pytest.raises(ValueError, match=r"layer must be one of Conv2d, .* \(got 'Conv'\)"):
         convert(nn.Conv2d(1, 1, 3), "Conv")
     with pytest.raises(ValueError, match=r"leave names 1, which is no convolution .* There is: 0"):
