@@ -22,7 +22,7 @@ from ops.shapes import rehearse
 from options import Option, Options, check_stored, merge_options, option
 from ranks import world_size
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
-from tasks.features import load_features
+from tasks.features import last_linear, load_features
 from trainers import TRAINERS, Trainer
 from utils import describe_model, lonely_norms, memory_size
 
@@ -388,12 +388,16 @@ def open_feature_network(
     source = replace(choice, model=stored["model"], layer=stored["layer"])
     model_type = source.model_type
     if model_type.training != "gradient" or choice.task not in model_type.tasks:
-        raise DataError(f"{path} holds a {stored['model']}, which is no VGG or ResNet.")
+        raise DataError(
+            f"{path} holds a {stored['model']}, which is no network that classifies by gradients."
+        )
     resize = values["resize"] or stored["resize"]
     data = load_run_data(values, source, task, resize=resize)
-    classifier = [v for k, v in checkpoint["model"].items() if k.startswith("classifier")]
-    sizes = task.sizes(replace(data, num_outputs=classifier[-1].shape[0]))
-    network = build_model(stored, source, sizes)
+    network = build_model(stored, source, task.sizes(data))
+    weight = checkpoint["model"].get(f"{last_linear(network)}.weight")
+    if weight is not None and len(weight) != data.num_outputs:  # it learnt other classes
+        sizes = task.sizes(replace(data, num_outputs=len(weight)))
+        network = build_model(stored, source, sizes)
     try:
         load_weights(network, checkpoint)
     except ValueError as error:

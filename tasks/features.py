@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dataset import Data, FeatureArray, build_loader
 
-__all__ = ["PCA", "check_features", "load_features", "penultimate_features"]
+__all__ = ["PCA", "check_features", "last_linear", "load_features", "penultimate_features"]
 
 
 def check_features(name: str, spec: str, *, learns: bool = False) -> None:
@@ -39,7 +39,7 @@ def check_features(name: str, spec: str, *, learns: bool = False) -> None:
     elif not Path(spec).is_file():
         raise ValueError(
             f"{name} {spec} is neither raw, pca:N{', learned' if learns else ''} nor an existing "
-            "checkpoint file (the best.pt of a VGG or ResNet trained here)."
+            "checkpoint file (the best.pt of a network trained here)."
         )
 
 
@@ -119,6 +119,18 @@ class PCA:
         return (x - self.mean.to(x.device)) @ self.components.t().to(x.device)
 
 
+def last_linear(network: nn.Module) -> str:
+    """Return the name of a network's last linear layer.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{type(network).__name__} has no linear layer: no features to take")
+    return linear[-1]
+
+
 @torch.no_grad()
 def penultimate_features(network: nn.Module, inputs: Tensor) -> Tensor:
     """Return what a classifier's last linear layer sees: (B, ...) -> (B, D).
@@ -130,11 +142,9 @@ def penultimate_features(network: nn.Module, inputs: Tensor) -> Tensor:
     Raises:
         ValueError: If the network has no linear layer.
     """
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(f"{type(network).__name__} has no linear layer: no features to take")
     seen: list[Tensor] = []
-    hook = linear[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    last = network.get_submodule(last_linear(network))
+    hook = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         network(inputs)
     finally:

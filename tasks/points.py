@@ -96,7 +96,7 @@ class ShapesOptions(PointOptions):
         if self.pad == "refuse":
             raise OptionError(
                 f"fewest_points {self.fewest_points} makes clouds of unequal sizes, and nothing "
-                "says what fills them: try pad mask or pad repeat."
+                "says what fills them: try --pad mask or --pad repeat."
             )
 
 

@@ -129,7 +129,7 @@ def test_a_convolution_that_is_used_twice_is_replaced_by_one_layer():
 
 
 def test_refusals(monkeypatch):
-    with pytest.raises(ValueError, match=r"ConvNN has no option 'k'. Did you mean K\? There is: K, agg"):
+    with pytest.raises(ValueError, match=r"ConvNN has no option 'k'. Did you mean K\?"):
         convert(nn.Conv2d(1, 1, 3), "ConvNN", k=9)
     with pytest.raises(ValueError, match=r"Conv2d has no option 'K'. There is: dilation, kernel"):
         convert(nn.Conv2d(1, 1, 3), "Conv2d", K=9)

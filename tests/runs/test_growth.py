@@ -139,6 +139,25 @@ def test_learned_features(grow, tiny_model):
 
 
 @pytest.mark.parametrize(
+    "model",
+    [
+        "torchvision:resnet18 --layer Conv2d --resize 32",
+        "convnet --layer Conv2d --width 4",
+        "vit_tiny --resize 8 --patch_size 4 --num_layers 1 --num_heads 2 --d_hidden 8 --d_mlp 8 "
+        "--layer Attention",
+    ],
+)
+def test_features_of_other_networks(grow, model):
+    pytest.importorskip("torchvision")
+    short = "--dataset digits --limit_train 64 --limit_test 16 --batch_size 16 --num_epochs 1"
+    program.main(f"--model {model} {short} --device cpu --output_dir net".split())
+    results = grow("--dynamic_features", "net/best.pt", "--limit_train", 64, "--limit_test", 16)
+    features = {"torchvision:resnet18": 512, "convnet": 4, "vit_tiny": 8}[model.split()[0]]
+    centers = load_checkpoint(Path(results["output_dir"], "best.pt"))["model"]["layers.0.centers"]
+    assert centers.shape[1] == features
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         ["--kernel_type", "euclidean", "--exponent", "-8"],
@@ -321,7 +340,7 @@ def test_a_checkpoint_without_features_is_refused(grow, refused):
     path = Path(first["output_dir"], "best.pt")
     code, text = refused(grow, "--dynamic_features", path)
     assert code == 2
-    assert "holds a dynamic, which is no VGG or ResNet" in text
+    assert "holds a dynamic, which is no network that classifies by gradients" in text
 
 
 def test_flags_of_other_datasets_are_noted(grow, capsys):
