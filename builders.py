@@ -233,7 +233,7 @@ class Choice:
         return model_class(self.model)
 
     @property
-    def layers(self) -> dict[str, Callable[..., nn.Module]]:
+    def layers(self) -> Mapping[str, Callable[..., nn.Module]]:
         """The layers that fit the model."""
         return LAYER_KINDS[getattr(self.model_type, "layer_kind", "maps")]
 

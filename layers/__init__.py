@@ -8,12 +8,14 @@ which the fields of their `Options` configure as further keywords (by `functools
 - "tokens", `TOKEN_LAYERS`: `layer(width=, num_heads=)`, (B, N, C) -> (B, N, C);
 - "signals", `SIGNAL_LAYERS`: `layer(in_channels=, out_channels=, stride=1)`, (B, C, L);
 - "graph", `GRAPH_LAYERS`: `layer(in_channels=, out_channels=)`, nodes (B, N, C) and the neighbors
-  of each (B, N, K) -> (B, N, O).
+  of each (B, N, K) -> (B, N, O);
+- "foreign": the first two, for networks of other libraries.
 
 A new layer is a file and a row.
 """
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, MutableMapping
 
 from torch import nn
 
@@ -111,9 +113,10 @@ GRAPH_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "GIN": GIN,
 }
 
-LAYER_KINDS: dict[str, dict[str, Callable[..., nn.Module]]] = {
+LAYER_KINDS: dict[str, MutableMapping[str, Callable[..., nn.Module]]] = {
     "maps": LAYERS,
     "tokens": TOKEN_LAYERS,
     "signals": SIGNAL_LAYERS,
     "graph": GRAPH_LAYERS,
+    "foreign": ChainMap(TOKEN_LAYERS, LAYERS),
 }

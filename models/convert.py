@@ -1,8 +1,9 @@
-"""Layers of ours in networks of others: swaps the convolutions of any `nn.Module`.
+"""Layers of ours in networks of others: swaps convolutions, or attention, of any `nn.Module`.
 
 A convolution is replaced where a layer can take its place: 2-D, square odd kernels larger than 1×1,
-no groups, no dilation, padding that keeps the size of the map. The rest stays and is
-listed. `ForeignNetwork` builds a network of torchvision or timm and converts it.
+no groups, no dilation, padding that keeps the size of the map; an attention block by the rules of
+`models.attentions`. The rest stays and is listed. `ForeignNetwork` builds a network of torchvision
+or timm and converts it.
 """
 
 import copy
@@ -16,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layers import LAYERS
+from layers import LAYER_KINDS
 from layers.convnn import Conv2d_NN
+from models.attentions import is_attention, is_token_layer, reason_to_keep, replacement
 from options import Options, check_choice, did_you_mean
 
 __all__ = ["SOURCES", "Conversion", "ForeignNetwork", "convert"]
@@ -31,12 +33,14 @@ class Conversion:
 
     Attributes:
         module: The converted network.
-        replaced: Names of the convolutions that were replaced.
+        what: What is replaced, "convolution" or "attention block".
+        replaced: Names of those that were replaced.
         kept: Names of those that were not, with the reason.
         copied: Names of the replaced ones whose weights live on.
     """
 
     module: nn.Module
+    what: str = "convolution"
     replaced: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
@@ -56,8 +60,13 @@ class Conversion:
             parts.append(f"{why} ({len(names)}{'' if why == '1x1' else f': {listed}'})")
         return ", ".join(parts)
 
+    def count(self) -> str:
+        """Say how many were replaced."""
+        number = len(self.replaced)
+        return f"{number} {self.what}{'s' * (number != 1)} replaced"
+
     def __str__(self) -> str:
-        parts = [f"{len(self.replaced)} convolutions replaced, {len(self.copied)} with weights"]
+        parts = [f"{self.count()}, {len(self.copied)} with weights"]
         if self.kept:
             left = ", ".join(f"{name} ({why})" for name, why in self.kept.items())
             parts.append(f"left as they are: {left}")
@@ -72,18 +81,22 @@ def convert(
     leave: Collection[str] = (),
     **options: Any,
 ) -> Conversion:
-    """Put a layer in place of every convolution that it can replace, in a copy of the network.
+    """Put a layer in place of every convolution, or attention, that it can replace, in a copy.
 
-    Weights are kept where the layer computes the same from them: ordinary convolutions, and ConvNN
-    with neighbors by location (`similarity_type="Loc"`, `magnitude_type="euclidean"`), whose K is
-    k² (9 for 3×3) and whose padding is that of the convolution: such a network gives the outputs of
-    the original one, on square maps (and other maps, where k = 3).
+    Layers over maps replace convolutions, layers over tokens (`layers.TOKEN_LAYERS`) attention
+    blocks. Weights are kept where the layer computes the same from them: ordinary convolutions, and
+    ConvNN with neighbors by location (`similarity_type="Loc"`, `magnitude_type="euclidean"`), whose
+    K is k² (9 for 3×3) and whose padding is that of the convolution: such a network gives the
+    outputs of the original one, on square maps (and other maps, where k = 3). Attention keeps its
+    projections where their biases are 0, as ours have none; layers over K tokens, or windows, too,
+    which give the outputs of the original one where they look at all tokens.
 
     Args:
         module: Any network.
-        layer: A name of `layers.LAYERS`, or `layer(in_channels=, out_channels=, stride=)`.
+        layer: A name of `layers.LAYERS` or `layers.TOKEN_LAYERS`, a layer of these tables with
+            options (by `functools.partial`), or `layer(in_channels=, out_channels=, stride=)`.
         keep_weights: Copy weights where that is possible.
-        leave: Names of convolutions that stay, e.g. ["conv1"], the 7×7 stem of a ResNet.
+        leave: Names of what stays, e.g. ["conv1"], the 7×7 stem of a ResNet.
         **options: Of the layer, e.g. K=9.
 
     Returns:
@@ -95,45 +108,35 @@ def convert(
     Example:
         >>> done = convert(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), layer="Branching", K=9)
         >>> print(done)
-        1 convolutions replaced, 0 with weights.
+        1 convolution replaced, 0 with weights.
     """
     if isinstance(layer, str):
-        check_choice("layer", layer, LAYERS)
-        known = {each.argument or each.name for each in LAYERS[layer].Options.declared()}
-        for name in options:
-            if name not in known:
-                raise ValueError(
-                    f"{layer} has no option {name!r}.{did_you_mean(name, known)} There is: "
-                    f"{', '.join(sorted(known))}."
-                )
-        layer = LAYERS[layer]
-    done = Conversion(copy.deepcopy(module))
-    places: dict[nn.Module, list[str]] = {}  # a convolution may be used in several
+        layer = _named_layer(layer, options)
+    tokens = is_token_layer(layer)
+    done = Conversion(copy.deepcopy(module), "attention block" if tokens else "convolution")
+    places: dict[nn.Module, list[str]] = {}  # a module may be used in several
     for name, each in done.module.named_modules(remove_duplicate=False):
-        if isinstance(each, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if is_attention(each) if tokens else _is_convolution(each):
             places.setdefault(each, []).append(name)
     there = {name for names in places.values() for name in names}
     if unknown := sorted(set(leave) - there):
         raise ValueError(
-            f"leave names {', '.join(unknown)}, which is no convolution of this network. There is: "
-            f"{', '.join(names[0] for names in places.values())}."
+            f"leave names {', '.join(unknown)}, which is no {done.what} of this network. There is: "
+            f"{', '.join(names[0] for names in places.values()) or 'none'}."
         )
-    for conv, names in places.items():
+    for old, names in places.items():
         name = names[0]
-        why = "as asked" if set(names) & set(leave) else _reason_to_keep(conv)
+        reason = reason_to_keep if tokens else _reason_to_keep
+        why = "as asked" if set(names) & set(leave) else reason(old)
         if why is not None:
             done.kept[name] = why
             continue
-        new = layer(
-            in_channels=conv.in_channels,
-            out_channels=conv.out_channels,
-            stride=conv.stride if len(set(conv.stride)) > 1 else conv.stride[0],
-            **options,
-        )
-        if keep_weights and _copy_weights(conv, new):
-            done.copied.append(name)
-        new.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+        build = replacement if tokens else _replacement
+        new, copied = build(old, layer, keep_weights, **options)
+        new.train(old.training)
         done.replaced.append(name)
+        if copied:
+            done.copied.append(name)
         if not name:
             done.module = new
             continue
@@ -141,6 +144,38 @@ def convert(
             parent, _, last = place.rpartition(".")
             setattr(done.module.get_submodule(parent), last, new)
     return done
+
+
+def _named_layer(name: str, options: dict[str, Any]) -> Callable[..., nn.Module]:
+    """Return the layer of a name, which must have these options."""
+    table = LAYER_KINDS["foreign"]
+    check_choice("layer", name, table)
+    known = {each.argument or each.name for each in table[name].Options.declared()}
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"{name} has no option {key!r}.{did_you_mean(key, known)} There is: "
+                f"{', '.join(sorted(known))}."
+            )
+    return table[name]
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _replacement(
+    conv: nn.Conv2d, layer: Callable[..., nn.Module], keep_weights: bool, **options: Any
+) -> tuple[nn.Module, bool]:
+    """Build what takes the place of a convolution; say whether it has the weights."""
+    new = layer(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        stride=conv.stride if len(set(conv.stride)) > 1 else conv.stride[0],
+        **options,
+    )
+    copied = keep_weights and _copy_weights(conv, new)
+    return new.to(conv.weight.device, conv.weight.dtype), copied
 
 
 def _reason_to_keep(conv: nn.Module) -> str | None:
@@ -189,7 +224,8 @@ class ForeignNetwork(nn.Module):
     """A network of torchvision or timm, built without weights, with layers of ours.
 
     Args:
-        layer: `layer(in_channels=, out_channels=, stride=) -> nn.Module`.
+        layer: A row of `layers.LAYERS`, or of `layers.TOKEN_LAYERS`, with its options: what
+            `convert` takes.
         source: "torchvision" or "timm".
         name: The network's name there.
         in_channels: Channels of the images.
@@ -210,6 +246,7 @@ class ForeignNetwork(nn.Module):
     tasks = ("classification",)
     training = "gradient"
     uses_layer = True
+    layer_kind = "foreign"
     min_input_size = 32
 
     def __init__(
@@ -226,18 +263,19 @@ class ForeignNetwork(nn.Module):
         self.conversion = convert(network, layer)
         self.name, self.network = f"{source}:{name}", self.conversion.module
         if not self.conversion.replaced:
+            what, reasons = self.conversion.what, self.conversion.reasons()
+            other = "a convolution" if is_token_layer(layer) else "attention"
             raise ValueError(
-                f"{self.name} has no convolution that a layer can replace: "
-                f"{self.conversion.reasons()}. Choose another network."
+                f"{self.name} has no {what} that a layer can replace{': ' * bool(reasons)}"
+                f"{reasons}. Choose another network, or a layer that replaces {other}."
             )
 
     @property
     def notes(self) -> list[str]:
-        """Say how many convolutions were replaced, and which were left and why."""
+        """Say how many layers were replaced, and which were left and why."""
         kept = self.conversion.kept
         left = f"; {len(kept)} left as they are: {self.conversion.reasons()}" if kept else ""
-        count = len(self.conversion.replaced)
-        return [f"note: {self.name}: {count} convolution{'s' * (count != 1)} replaced{left}."]
+        return [f"note: {self.name}: {self.conversion.count()}{left}."]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores of `x`."""

@@ -38,7 +38,9 @@ from tasks import DATASETS, TASKS
 
 COMMANDS = commands()
 STAND_INS = {"LAYER": "ConvNN", "NAME": "n3net", "SEED": "0", "<n>": "0"}
-OPTIONAL = {"--ransac": "cv2", "timm:resnet10t": "timm"}  # words that need a package
+OPTIONAL = {  # words that need a package which may be missing
+    **{"--ransac": "cv2", "timm:resnet10t": "timm", "timm:vit_tiny_patch16_224": "timm"}
+}
 DOWNLOADED = ("mnist", "fashionmnist", "cifar10", "cifar100")
 
 # Behind the flags of a command, by the class of its model; a later flag wins.
