@@ -283,11 +283,11 @@ class ForeignNetwork(nn.Module):
             return self.network(x)
         try:
             return self.network(x)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except (RuntimeError, AssertionError) as error:  # ValueError: layers of ours say all of it
             raise ValueError(
                 f"{self.name} takes no images of {x.shape[2]}x{x.shape[3]} with {x.shape[1]} "
                 f"channel{'s' * (x.shape[1] != 1)} ({str(error).strip().rstrip('.')}). "
-                f"{size_hint(self.network)}"
+                f"{size_hint(self.network, x.shape[2])}"
             ) from error
 
     def extra_repr(self) -> str:
@@ -295,12 +295,14 @@ class ForeignNetwork(nn.Module):
         return str(self.conversion)
 
 
-def size_hint(network: nn.Module) -> str:
-    """Say of what size the images are that a network is made for."""
+def size_hint(network: nn.Module, side: int) -> str:
+    """Say of what size the images are that a network is made for, where these are of another."""
     known = (getattr(network, "default_cfg", None) or {}).get("input_size")
-    if known is None:
-        return "Most networks are made for images of 224x224: try --resize 224."
-    return f"It is made for images of {known[1]}x{known[2]}: try --resize {known[1]}."
+    what = "Most networks are" if known is None else "It is"
+    fits = 224 if known is None else known[1]
+    if side == fits:
+        return "Choose another network."
+    return f"{what} made for images of {fits}x{fits}: try --resize {fits}."
 
 
 # Networks that answer with more than scores while they learn, and what makes them stop.

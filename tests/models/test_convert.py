@@ -228,9 +228,32 @@ def test_names_of_timm_that_cannot_be_used(model, message, refused, tmp_path, mo
 def test_names_of_torchvision_that_cannot_be_used(model, message, refused, tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     monkeypatch.chdir(tmp_path)
-    code, text = refused(main, ["--model", model, *SHORT])
+    code, text = refused(main, ["--model", model, "--layer", "Conv2d", *SHORT])
     assert code == 2
     assert message in text
+
+
+def test_what_layers_refuse_is_said_as_they_say_it(refused, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "torchvision:resnet18", *SHORT, "--layer", "ConvNN", "--K", "30"]
+    code, text = refused(main, words)
+    assert code == 2
+    assert text.startswith(
+        "error: K=30 is larger than the number of candidates, 16: a map of 2 x 2"
+    )
+    assert "takes no images" not in text
+
+
+def test_images_of_the_right_size_are_not_told_to_be_so():
+    pytest.importorskip("timm", reason="timm is not installed (pip install timm)")
+    model = meta("timm", "levit_128")
+    with pytest.raises(ValueError, match=r"of 32x32 with 3 channels .* try --resize 224"):
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    with pytest.raises(
+        ValueError, match=r"of 224x224 with 1 channel .*\. Choose another network\."
+    ):
+        model(torch.empty(1, 1, 224, 224, device="meta"))
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_line_that_installs_it(
