@@ -36,7 +36,8 @@ def test_branching_trains_in_resnet18():
     network = convert(
         torchvision.models.resnet18(num_classes=4), layer="Branching", K=9
     ).module.train()
-    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    y = torch.arange(8) % 4  # each class of its own colour
+    x = torch.randn(4, 3, 1, 1)[y] + 0.3 * torch.randn(8, 3, 64, 64)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(7):
