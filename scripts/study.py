@@ -68,6 +68,8 @@ class Study:
         base: Flags of every run.
         settings: Further flags by name; the first one is the reference.
         seeds: How many seeds.
+        table: File of every run that has a row for each test sample, if one is shown.
+        measures: Its columns that are averaged over samples, by their titles.
     """
 
     answers: str
@@ -75,6 +77,8 @@ class Study:
     base: str
     settings: dict[str, str] = field(default_factory=dict)
     seeds: int = 3
+    table: str = ""
+    measures: dict[str, str] = field(default_factory=dict)
 
 
 RIVALS = {
@@ -299,6 +303,35 @@ STUDIES = {
             "MaxRelative, by features": "--layer MaxRelative --similarity_type Col",
         },
     ),
+    "correspondence": Study(
+        "Which of 256 matches are right, 70 % of them wrong: do neighbors among the matches help?",
+        "about 7 minutes on one thread",
+        "--model cnnet --dataset scenes --device cpu --depth 8 --features 32 --num_matches 256 "
+        "--outliers 0.7 --num_scenes 1680 --test_scenes 100 --val_split 0.05 --batch_size 16 "
+        "--num_epochs 5 --lr 3e-3 --scheduler cosine --ransac --ransac_threshold 0.003",
+        {
+            "no block": "--nonlocal_block none",
+            "hard nearest neighbors": "--nonlocal_block knn",
+            "neural nearest neighbors": "--nonlocal_block n3",
+        },
+        table="per_pair.csv",
+        measures={
+            f"{title}{name}": f"{start}{column}"
+            for start, title in (
+                ("", ""),
+                ("kept_ransac_", "RANSAC on those kept: "),
+                ("ransac_", "RANSAC on all: "),
+            )
+            for column, name in {
+                "precision": "precision",
+                "recall": "recall",
+                "f1": "F1",
+                "below5": "pose within 5°",
+                "below10": "pose within 10°",
+                "below20": "pose within 20°",
+            }.items()
+        },
+    ),
     "growing": Study(
         "Which kernel should a growing network take?",
         "about 1 minute on one thread",
@@ -388,8 +421,43 @@ def read_results(name: str) -> dict[str, list[dict]]:
             test = summary.get("test")
             metric = summary["headline"].partition("_")[2]
             summary["value"] = summary["best"] if test is None else test[metric]
+            summary["measures"] = read_measures(name, folder)
             found.setdefault(setting, []).append(summary)
     return found
+
+
+def read_measures(name: str, folder: Path) -> dict[str, float]:
+    """Average the columns that a study asks for over the test samples of a run, by title."""
+    study = STUDIES[name]
+    if not study.measures:
+        return {}
+    with open(folder / study.table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        title: statistics.mean(float(row[column]) for row in rows)
+        for title, column in study.measures.items()
+    }
+
+
+def measure_lines(results: dict[str, list[dict]]) -> list[str]:
+    """Word further measures, mean ± standard deviation over seeds, as a table: a row a measure."""
+    titles = next(iter(results.values()))[0]["measures"]
+    if not titles:
+        return []
+    lines = [
+        "Further measures of the same test samples:",
+        "",
+        f"| measure | {' | '.join(results)} |",
+        f"|---|{'--:|' * len(results)}",
+    ]
+    for title in titles:
+        cells = []
+        for runs in results.values():
+            values = [run["measures"][title] for run in runs]
+            deviation = f" ± {spread(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{deviation}")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def spread(values: list[float]) -> float:
@@ -495,6 +563,7 @@ def report_table(
         "",
         f"![{name}]({name}.png)",
         "",
+        *measure_lines(results),
         *cost_lines(name, costs),
     ]
     return "\n".join(lines)

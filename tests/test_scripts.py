@@ -217,6 +217,24 @@ def test_a_study_runs_reports_and_goes_on(small_study, capsys, monkeypatch):
     assert "--K 0 --seed 0 --output_dir Output/studies/small/bad/seed0" in lines[0]
 
 
+def test_a_study_shows_further_measures_of_the_test_samples(small_study, monkeypatch):
+    base = "--model cnnet --depth 2 --features 8 --num_matches 32 --outliers 0.5 --batch_size 4"
+    base += " --test_outliers 0.5 --num_scenes 4 --test_scenes 3 --num_epochs 1 --device cpu"
+    # A table of every pair is written where something is asked for that takes one.
+    settings = {"none": "--nonlocal_block none --save_images"}
+    measures = {"share found": "recall", "F1": "f1"}
+    table = study.Study("?", "nothing", base, settings, 1, "per_pair.csv", measures)
+    monkeypatch.setattr(study, "STUDIES", {"small": table})
+    study.main(["small", "--docs", str(small_study)])
+    run = study.folder_of("small", "none", 0)
+    rows = list(csv.DictReader((run / "per_pair.csv").read_text().splitlines()))
+    recall = sum(float(row["recall"]) for row in rows) / 3
+    assert len(rows) == 3
+    text = (small_study / "small.md").read_text()
+    assert "| measure | none |" in text
+    assert f"| share found | {recall:.1f} |" in text
+
+
 def test_verdicts_need_three_seeds_and_two_deviations():
     assert study.verdict([1, 2], [5, 6, 7], higher=True) == "fewer than 3 seeds"
     assert study.verdict([1, 2, 3], [11, 12, 13], higher=False) == "better"
