@@ -233,7 +233,11 @@ def read_image(path: str | os.PathLike, color: bool, luma: str = "photo") -> tup
 
 
 def read_image_folders(
-    folders: Sequence[str], color: bool, flag: str, luma: str = "photo"
+    folders: Sequence[str],
+    color: bool,
+    flag: str,
+    luma: str = "photo",
+    read: Callable[..., tuple[Tensor, bool]] = read_image,
 ) -> tuple[list[Tensor], list[str], list[str]]:
     """Read all pictures of some folders.
 
@@ -242,9 +246,11 @@ def read_image_folders(
         color: See :func:`read_image`.
         flag: The flag that named them, for messages.
         luma: See :func:`read_image`.
+        read: What reads a picture; :func:`tasks.pictures.read_levels` keeps 16 bits.
 
     Returns:
-        Images (C, H, W) uint8, their names (``folder/file``), and notes for the user.
+        Images (C, H, W) as `read` gives them, their names (``folder/file``), and notes for the
+        user.
     """
     images: list[Tensor] = []
     names: list[str] = []
@@ -259,7 +265,7 @@ def read_image_folders(
                 f"{flag} {folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})."
             )
         for file in files:
-            image, other = read_image(file, color, luma)
+            image, other = read(file, color, luma)
             changed += other
             images.append(image)
             names.append(f"{file.parent.name}/{file.name}")

@@ -13,10 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import IMAGE_SUFFIXES, DataError, open_picture
+from files import IMAGE_SUFFIXES, LUMA, DataError, open_picture, read_image
 from utils import atomic_path
 
-__all__ = ["Picture", "check_target", "find_pictures", "read_picture", "write_picture"]
+__all__ = [
+    "Picture",
+    "check_target",
+    "find_pictures",
+    "join_levels",
+    "read_levels",
+    "read_picture",
+    "to_unit",
+    "write_picture",
+]
 
 TIFF = (".tif", ".tiff")
 DEEP_SUFFIXES = (".png", *TIFF)  # formats that hold 16 bits
@@ -75,6 +84,47 @@ def read_picture(path: str | Path) -> Picture:
             return _read_deep_tiff(path)  # gray with alpha of 16 bits, for one
         raise
     return _from_levels(array, 8)
+
+
+def read_levels(path: str | Path, color: bool, luma: str = "photo") -> tuple[Tensor, bool]:
+    """Read the levels of a picture at the depth of its file; see `files.read_image`.
+
+    Returns:
+        (C, H, W), one or three channels: uint8, or int32 of 0 to 65535 where the file holds 16
+        bits; and whether its colors had to change.
+
+    Raises:
+        DataError: See `read_picture`.
+    """
+    with open_picture(path) as image:
+        if image.format == "PNG":
+            deep = _png_depth(path) == 16
+        else:
+            tags = image.tag_v2.get(258, (8,)) if image.format == "TIFF" else (8,)
+            deep = image.mode.startswith(("I", "F")) or max(tags) > 8
+    if not deep:
+        return read_image(path, color, luma)
+    levels = read_picture(path).pixels.double() * 65535
+    changed = (len(levels) == 3) != color
+    if changed and color:
+        levels = levels.expand(3, -1, -1)
+    elif changed:
+        weights, offset = LUMA[luma]
+        mixed = torch.tensordot(levels.new_tensor(weights), levels, 1)[None]
+        levels = (mixed + offset * 257).clamp(0, 65535)
+    return levels.round().int(), changed
+
+
+def to_unit(levels: Tensor) -> Tensor:
+    """Turn levels of 8 bits (uint8) or 16 (int32) into float32 in [0, 1]."""
+    return levels.float().div_(255 if levels.dtype == torch.uint8 else 65535)
+
+
+def join_levels(*levels: Tensor) -> Tensor:
+    """Join the channels of pictures, on the scale of the deepest: white is 255 or 65535."""
+    if len({part.dtype for part in levels}) > 1:
+        levels = tuple(p.int() * 257 if p.dtype == torch.uint8 else p for p in levels)
+    return torch.cat(levels)
 
 
 def _png_depth(path: str | Path) -> int:

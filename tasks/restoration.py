@@ -15,7 +15,15 @@ from torch.utils.data import Dataset
 from dataset import Data, DataError, full_dataset, read_image_folders
 from options import Options, option
 from run_folder import RunFolder
-from tasks.pictures import check_target, find_pictures, read_picture, write_picture
+from tasks.pictures import (
+    check_target,
+    find_pictures,
+    join_levels,
+    read_levels,
+    read_picture,
+    to_unit,
+    write_picture,
+)
 from tasks.quality import psnr, ssim
 from tasks.task import Evaluate, Finding, Needs, Task
 from tasks.tiling import check_tiles, forward_in_tiles, largest_tile
@@ -53,7 +61,7 @@ class DegradedImages(Dataset):
     Sizes differ, so that a batch is one image.
 
     Args:
-        images: Clean images (C, H, W) uint8.
+        images: Clean images (C, H, W), see `tasks.pictures.read_levels`.
         names: Their names.
         degrade: The damage.
         seed: Seed of the damage.
@@ -71,7 +79,7 @@ class DegradedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        clean = self.images[index].float().div_(255)
+        clean = to_unit(self.images[index])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return self.degrade(clean, generator), clean
 
@@ -85,7 +93,7 @@ class DegradedCrops(Dataset):
     """Random crops of clean images in one of eight orientations, damaged afresh.
 
     Args:
-        images: Clean images (C, H, W) uint8, of any sizes.
+        images: Clean images (C, H, W) of any sizes, see `tasks.pictures.read_levels`.
         names: Their names.
         crop: Side of the square crops in pixels.
         degrade: The damage.
@@ -128,14 +136,13 @@ class DegradedCrops(Dataset):
             left = int(torch.randint(image.shape[2] - self.crop + 1, ()))
             turns, mirror = divmod(int(torch.randint(8, ())), 2)
             piece = image[:, top : top + self.crop, left : left + self.crop]
-            piece = piece.rot90(turns, (1, 2))
+            piece = to_unit(piece.rot90(turns, (1, 2)))
             crops.append(piece.flip(2) if mirror else piece)
         return self.pair(torch.stack(crops))
 
     def pair(self, crops: Tensor) -> tuple[Any, Any]:
-        """Make a batch of crops (B, C, crop, crop)."""
-        clean = crops.float().div_(255)
-        return self.degrade(clean, None), clean
+        """Make a batch of crops (B, C, crop, crop) in [0, 1]."""
+        return self.degrade(crops, None), crops
 
     def hold_out(self, fraction: float, seed: int) -> tuple["DegradedCrops", "DegradedImages"]:
         """Split off whole images: crops of those that stay, and those held out."""
@@ -159,10 +166,10 @@ class DegradedCrops(Dataset):
 
 
 class PairedImages(DegradedImages):
-    """Whole images with real noise: noisy above clean in one image (2C, H, W) uint8."""
+    """Whole images with real noise: noisy above clean in one image (2C, H, W)."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        both = self.images[index].float().div_(255)
+        both = to_unit(self.images[index])
         noisy, clean = both.chunk(2)
         return noisy, clean
 
@@ -174,7 +181,7 @@ class PairedCrops(DegradedCrops):
 
     def pair(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """Take crops (B, 2C, crop, crop) apart."""
-        noisy, clean = crops.float().div_(255).chunk(2, 1)
+        noisy, clean = crops.chunk(2, 1)
         return noisy, clean
 
 
@@ -257,6 +264,7 @@ def build_denoise(
     if options.pop("evaluation_only"):
         train_dir = None
     reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
+    reading["read"] = read_levels
     test = read_image_folders(test_dir, flag="--test_dir", **reading)
     train = read_image_folders(train_dir, flag="--train_dir", **reading) if train_dir else None
     return restoration_data("denoise", train, test, **options)
@@ -296,17 +304,19 @@ def read_pairs(
     Args:
         noisy: Folders of noisy pictures.
         clean: Folders of clean ones.
-        color: See `dataset.read_image`.
+        color: See `tasks.pictures.read_levels`.
         flags: The flags that named the folders, for messages.
 
     Returns:
-        Noisy above clean, (2C, H, W) uint8, their names, and notes for the user.
+        Noisy above clean, (2C, H, W), their names, and notes for the user.
 
     Raises:
         DataError: If a picture has no twin, or one of another size.
     """
-    images, names, notes = read_image_folders(noisy, color, flags[0])
-    clean_images, clean_names, clean_notes = read_image_folders(clean, color, flags[1])
+    images, names, notes = read_image_folders(noisy, color, flags[0], read=read_levels)
+    clean_images, clean_names, clean_notes = read_image_folders(
+        clean, color, flags[1], read=read_levels
+    )
     twins: list[dict[str, int]] = []  # positions by name, noisy and clean
     for found, flag in ((names, flags[0]), (clean_names, flags[1])):
         twins.append({Path(name).stem: i for i, name in enumerate(found)})
@@ -332,7 +342,7 @@ def read_pairs(
                 f"{clean_names[position]} is {twin.shape[1]}x{twin.shape[2]}: a pair shows the "
                 "same pixels."
             )
-        stacked.append(torch.cat((image, twin)))
+        stacked.append(join_levels(image, twin))
     return stacked, names, [*notes, *clean_notes]
 
 
@@ -350,6 +360,7 @@ def build_photos(*, evaluation_only: bool = False, **options: Any) -> Data:
     samples = Path(matplotlib.get_data_path()) / "sample_data"
     train_files = [pictures / "china.jpg", samples / "grace_hopper.jpg"]
     reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
+    reading["read"] = read_levels
     there = [str(file) for file in train_files if file.is_file()]
     train = read_image_folders(there, flag="training", **reading)
     test = read_image_folders([str(pictures / "flower.jpg")], flag="test", **reading)
@@ -376,7 +387,7 @@ def restoration_data(
 
     Args:
         name: Name of the data set.
-        train: Images (C, H, W) uint8, their names, and notes; None for nothing to train on.
+        train: Images (C, H, W), their names, and notes; None for nothing to train on.
         test: The same for testing.
         task: Name of the task.
         color: Three channels instead of one.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dataset import Data, full_dataset
 from options import OptionError, option
 from run_folder import RunFolder
+from tasks.pictures import to_unit
 from tasks.quality import psnr, ssim
 from tasks.restoration import (
     DegradedCrops,
@@ -105,9 +106,8 @@ class ReducedCrops(DegradedCrops):
 
     def pair(self, crops: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return enlargements and (originals, their scales)."""
-        clean = crops.float().div_(255)
-        degraded, scales = self.degrade(clean, None)
-        return degraded, (clean, scales)
+        degraded, scales = self.degrade(crops, None)
+        return degraded, (crops, scales)
 
 
 class ReducedImages(DegradedImages):
@@ -125,7 +125,7 @@ class ReducedImages(DegradedImages):
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         which, number = divmod(index, len(self.images))
         scale = self.scales[which]
-        clean = whole_blocks(self.images[number], scale).float().div_(255)
+        clean = to_unit(whole_blocks(self.images[number], scale))
         return enlarge(reduce(clean, scale), scale), (clean, torch.tensor(scale))
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -249,7 +249,7 @@ class SuperResolutionTask(RestorationTask):
         found: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
         for image, original, border in zip(outputs, clean, scales.tolist(), strict=True):
             inner = (..., slice(border, -border), slice(border, -border))
-            image, original = quantise(image[inner])[None], original[inner][None]
+            image, original = quantise(image[inner])[None], quantise(original[inner])[None]
             found["psnr"].append(psnr(image, original))
             found["ssim"].append(ssim(image, original, border="valid"))
         return {name: torch.cat(values) for name, values in found.items()}

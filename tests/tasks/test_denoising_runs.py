@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from checkpoints import load_checkpoint
-from dataset import build_loader
+from dataset import DataError, build_loader
 from evaluation import Evaluation
 from main import main
 from models import DnCNN
 from run_folder import RunFolder
 from tasks.denoising import DenoisingTask
 from tasks.pictures import Picture, read_picture, write_picture
-from tasks.restoration import build_photos
+from tasks.restoration import build_denoise, build_pairs, build_photos
 from tasks.task import Needs
 
 
@@ -205,3 +205,57 @@ def test_a_network_that_returns_its_input_is_told_of(kept, share):
     notes = [line for line in lines if line.startswith("note: the network all but returns")]
     assert len(notes) == (share is not None)
     assert all(f"what it changes is {share} of the damage" in line for line in notes)
+
+
+DEEP = {"task": "denoising", "degrade": lambda clean, generator: clean, "crop_size": 8}
+DEEP |= {"crops_per_image": 1, "seed": 0, "evaluation_only": False}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("color", [False, True])
+def test_folders_of_sixteen_bits_are_read_at_full_depth(tmp_path, suffix, channels, color):
+    if suffix == ".tif" and channels == 3:
+        pytest.importorskip("tifffile")
+    # Levels between two neighbors of 8 bits: rounded to those, nothing of it is left.
+    ramp = (30000 + torch.arange(64).view(1, 8, 8)) * torch.ones(channels, 1, 1)
+    write_picture(tmp_path / f"a{suffix}", Picture(ramp / 65535, None, 16))
+    Image.fromarray(np.full((8, 8, 3), 100, np.uint8)).save(tmp_path / "b.png")  # mixed with 8 bits
+    data = build_denoise(train_dir=[str(tmp_path)], test_dir=[str(tmp_path)], color=color, **DEEP)
+    # The weights of the luma add up to 0.9999; a level is 1.5e-5.
+    expected = ramp[:1] / 65535 * (0.9999 if channels == 3 and not color else 1)
+    expected = expected.expand(3 if color else 1, -1, -1)
+    order = sorted(data.test.names).index(f"{tmp_path.name}/a{suffix}")
+    _, clean = data.test[order]
+    close = partial(torch.testing.assert_close, rtol=0, atol=1.1e-5)
+    close(clean, expected)
+    noisy, crops = data.train.__getitems__([0, 1])
+    assert crops.dtype == noisy.dtype == torch.float32
+    close(crops[0].flatten(1).sort().values, expected.flatten(1))
+    close(crops[1], torch.full_like(crops[1], 100 / 255))
+
+
+def test_a_pair_of_two_depths_is_on_one_scale(tmp_path):
+    for folder, bits in (("noisy", 8), ("clean", 16)):
+        (tmp_path / folder).mkdir()
+        pixels = torch.arange(64.0).view(1, 8, 8) / 255
+        write_picture(tmp_path / folder / "a.png", Picture(pixels, None, bits))
+    where = [str(tmp_path / "noisy")], [str(tmp_path / "clean")]
+    data = build_pairs(
+        noisy_dir=where[0],
+        clean_dir=where[1],
+        test_noisy_dir=where[0],
+        test_clean_dir=where[1],
+        color=False,
+        **DEEP,
+    )
+    for part in (data.train, data.test):
+        noisy, clean = part[0]
+        torch.testing.assert_close(noisy, clean)
+        assert noisy.max() == 63 / 255
+
+
+def test_values_whose_white_is_unknown_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="where white lies among them is not known"):
+        build_denoise(train_dir=None, test_dir=[str(tmp_path)], color=False, **DEEP)
