@@ -28,6 +28,8 @@ from utils import atomic_path, parse_args_text, write_text
 
 UNINTERESTING = ("output_dir", "num_workers", "data_path", "device")
 TABLES = ("markdown", "csv", "latex")
+MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":")
+MOST_LABELS = 14  # of curves that are named at their ends; more have a legend
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,19 +183,62 @@ def names_apart(folders: list[Path]) -> list[str]:
     return names
 
 
-def draw(runs: list[dict], path: Path) -> None:
-    """Draw the headline metric over epochs (or K), a curve a run."""
+def spread_out(places: list[float], gap: float) -> list[float]:
+    """Move places apart, as little as it takes, until neighbors keep a gap; their order stays."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    groups: list[tuple[list[int], float]] = []  # members, and the middle of their places
+    for i in order:
+        members, middle = [i], places[i]
+        while groups and middle - groups[-1][1] < gap * (len(members) + len(groups[-1][0])) / 2:
+            others, _ = groups.pop()
+            members = others + members
+            middle = statistics.mean(places[m] for m in members)
+        groups.append((members, middle))
+    moved = list(places)
+    for members, middle in groups:
+        for step, i in enumerate(members):
+            moved[i] = middle + gap * (step - (len(members) - 1) / 2)
+    return moved
+
+
+def draw(runs: list[dict], path: Path, since: float = 0) -> None:
+    """Draw the headline metric over epochs (or K), a curve a run, its name at its end.
+
+    Args:
+        runs: See `read_run`.
+        path: Where the picture goes.
+        since: Epochs before this one are left out: the first ones often hide the rest.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
-    for run in runs:
-        xs = [row[run["counter"]] for row in run["history"]]
-        axis.plot(xs, [row[run["column"]] for row in run["history"]], "o-", markersize=3)
-    axis.legend(names_apart([run["folder"] for run in runs]), fontsize=8, loc="best")
+    names, lines = names_apart([run["folder"] for run in runs]), []
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        rows = [row for row in run["history"] if row[run["counter"]] >= since]
+        style = f"{MARKERS[i % len(MARKERS)]}{LINES[i % len(LINES)]}"
+        xs, ys = ([row[run[key]] for row in rows] for key in ("counter", "column"))
+        lines += axis.plot(xs, ys, style, markersize=4, alpha=0.85, label=name)
     axis.set(xlabel=runs[0]["counter"], ylabel=runs[0]["column"])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
+    shown = [line for line in lines if len(line.get_xdata())]
+    if len(shown) <= MOST_LABELS:
+        low, high = axis.get_ylim()
+        heights = [(line.get_ydata()[-1] - low) / (high - low) for line in shown]
+        for line, height in zip(shown, spread_out(heights, 0.06), strict=True):
+            axis.annotate(
+                line.get_label(),
+                (line.get_xdata()[-1], line.get_ydata()[-1]),
+                xytext=(1.03, height),
+                textcoords="axes fraction",
+                color=line.get_color(),
+                fontsize=8,
+                verticalalignment="center",
+                arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.5},
+            )
+    else:
+        axis.legend(fontsize=8, loc="best")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -297,6 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         "--over_seeds", action="store_true", help="mean ± standard deviation over seeds, one row"
     )
     parser.add_argument("--picture", type=Path, help="draw the curves here (one metric only)")
+    parser.add_argument("--since", type=float, default=0, help="leave out earlier epochs there")
     parser.add_argument("--html", type=Path, help="write a page here, to sort and to filter")
     args = parser.parse_args(argv)
     groups: dict[str, list[dict]] = {}
@@ -318,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = {column: rows_of(runs, over_seeds=args.over_seeds) for column, runs in groups.items()}
     print("\n\n".join(layouts[args.table](rows) for rows in tables.values()))
     if args.picture:
-        draw(next(iter(groups.values())), args.picture)
+        draw(next(iter(groups.values())), args.picture, args.since)
         print(f"Curves: {args.picture}", file=sys.stderr)
     if args.html:
         folders = {run["texts"]["run"]: run["folder"] for runs in groups.values() for run in runs}

@@ -304,11 +304,11 @@ STUDIES = {
         },
     ),
     "correspondence": Study(
-        "Which of 256 matches are right, 70 % of them wrong: do neighbors among the matches help?",
-        "about 7 minutes on one thread",
-        "--model cnnet --dataset scenes --device cpu --depth 8 --features 32 --num_matches 256 "
+        "Which of 128 matches are right, 70 % of them wrong: do neighbors among the matches help?",
+        "about 3 minutes on one thread",
+        "--model cnnet --dataset scenes --device cpu --depth 8 --features 32 --num_matches 128 "
         "--outliers 0.7 --num_scenes 1680 --test_scenes 100 --val_split 0.05 --batch_size 16 "
-        "--num_epochs 5 --lr 3e-3 --scheduler cosine --ransac --ransac_threshold 0.003",
+        "--num_epochs 4 --lr 3e-3 --scheduler cosine --ransac --ransac_threshold 0.003",
         {
             "no block": "--nonlocal_block none",
             "hard nearest neighbors": "--nonlocal_block knn",

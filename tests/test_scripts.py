@@ -1,6 +1,7 @@
 """The scripts around the program: comparing runs, the tables of flags, sweeps."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -104,6 +105,17 @@ def test_latex_escapes_and_lays_out(made, capsys):
     assert r"$\pm$" in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {rows[0].count(" & ")}
+
+
+def test_names_at_the_ends_of_curves_keep_apart():
+    places = [0.5, 0.1, 0.52, 0.9, 0.48, 0.93]
+    moved = compare_runs.spread_out(places, 0.06)
+    order = sorted(range(6), key=lambda i: places[i])
+    assert sorted(range(6), key=lambda i: moved[i]) == order
+    ends = [moved[i] for i in order]
+    assert min(b - a for a, b in itertools.pairwise(ends)) > 0.06 - 1e-9
+    assert moved[1] == places[1]  # alone: it stays
+    assert sum(moved) == pytest.approx(sum(places))
 
 
 def test_a_picture_of_two_metrics_is_refused(made, refused):
