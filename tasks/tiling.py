@@ -30,11 +30,11 @@ def check_tiles(model: nn.Module, tile: int, overlap: int) -> None:
 
 
 def _starts(side: int, tile: int, overlap: int, step: int, origin: int) -> list[int]:
-    """First pixels of tiles along one axis; all but the first lie on the grid of patches."""
+    """First pixels of tiles along one axis; all but the first lie on the grid (of patches, say)."""
     if side <= tile:
         return [0]
 
-    def down(position: int) -> int:  # to the grid of patches, which begins `origin` outside
+    def down(position: int) -> int:  # to the grid, which begins `origin` outside
         return (position + origin) // step * step - origin
 
     starts = [0]
@@ -134,9 +134,9 @@ def forward_in_tiles(
 ) -> Tensor:
     """Denoise images tile by tile, blending in the middle of overlaps.
 
-    Patches of a tile are those of the whole image. The result equals that of the whole image
-    wherever no tile border lies within the network's field of view: everywhere, once a third of
-    the overlap covers that field.
+    Patches of a tile, and blocks of pixels folded into channels, are those of the whole image. The
+    result equals that of the whole image wherever no tile border lies within the network's field of
+    view: everywhere, once a third of the overlap covers that field.
 
     Args:
         model: A denoiser that keeps the size of its input.
@@ -150,8 +150,9 @@ def forward_in_tiles(
     """
     check_tiles(model, tile, overlap)
     height, width = images.shape[-2:]
-    step = getattr(model, "patch_stride", 1) if getattr(model, "min_tile", 1) > 1 else 1
-    origin = model.patch_origin(height, width) if step > 1 else (0, 0)
+    patches = getattr(model, "min_tile", 1) > 1
+    step = model.patch_stride if patches else getattr(model, "fold", 1)
+    origin = model.patch_origin(height, width) if patches else (0, 0)
     axes = []
     for side, first in zip((height, width), origin, strict=True):
         starts = _starts(side, tile, overlap, step, first)
@@ -166,7 +167,7 @@ def forward_in_tiles(
         for j, (left, right) in enumerate(cols):
             across = _ramp(left, right, width, *_overlaps(cols, j), images)
             options = {}
-            if step > 1:
+            if patches:
                 options["pad_start"] = (origin[0] if top == 0 else 0, origin[1] if left == 0 else 0)
             part = model(images[:, :, top:bottom, left:right], **options)
             if out is None:

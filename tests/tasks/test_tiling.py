@@ -35,3 +35,12 @@ def test_small_tiles_are_refused():
         forward_in_tiles(N3Net(), torch.rand(1, 1, 90, 90), 79)
     with pytest.raises(ValueError, match="overlap of tiles must lie between 0 and half a tile"):
         forward_in_tiles(N3Net(), torch.rand(1, 1, 90, 90), 80, 41)
+
+
+@pytest.mark.parametrize("fold", [2, 3])
+@pytest.mark.parametrize("tile", [49, 50])
+def test_tiles_begin_at_the_blocks_that_pixels_are_folded_by(fold, tile):
+    model = DnCNN(depth=2, features=4, fold=fold).eval()  # sees two blocks to each side
+    image = torch.rand(1, 1, 83, 101)
+    out = forward_in_tiles(model, image, tile=tile, overlap=24)
+    torch.testing.assert_close(out, model(image).detach())
