@@ -1,7 +1,7 @@
 """Compare finished runs of any task: tables, curves, and one page to sort and to filter.
 
     python scripts/compare_runs.py Output --over_seeds
-    python scripts/compare_runs.py Output/sweep/* --picture Output/sweep/curves.png
+    python scripts/compare_runs.py Output/sweep/* --picture Output/sweep/curves.png --since 3
     python scripts/compare_runs.py Output --html Output/runs.html
 
 Folders are searched for runs at any depth. Columns: the best held-out value and where it was
