@@ -304,7 +304,7 @@ STUDIES = {
         },
     ),
     "correspondence": Study(
-        "Which of 128 matches are right, 70 % of them wrong: do neighbors among the matches help?",
+        "Which of 128 matches are right (70 % are wrong): do neighbors among them help?",
         "about 3 minutes on one thread",
         "--model cnnet --dataset scenes --device cpu --depth 8 --features 32 --num_matches 128 "
         "--outliers 0.7 --num_scenes 1680 --test_scenes 100 --val_split 0.05 --batch_size 16 "
