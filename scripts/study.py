@@ -493,6 +493,8 @@ def measure_costs(name: str, folder: Path, rounds: int) -> None:
     study = STUDIES[name]
     commands = {setting: f"{study.base} {flags}" for setting, flags in study.settings.items()}
     rows = measure(commands, rounds)
+    if not rows:
+        raise SystemExit(f"{name}: no setting can be measured; the reasons are above")
     path = folder / f"{name}_cost.csv"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
