@@ -453,9 +453,7 @@ def measure_lines(results: dict[str, list[dict]]) -> list[str]:
     for title in titles:
         cells = []
         for runs in results.values():
-            values = [run["measures"][title] for run in runs]
-            deviation = f" ± {spread(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{deviation}")
+            cells.append(mean_and_spread([run["measures"][title] for run in runs]))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -463,6 +461,12 @@ def measure_lines(results: dict[str, list[dict]]) -> list[str]:
 def spread(values: list[float]) -> float:
     """Return the standard deviation over seeds; NaN for a single one."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Word the mean over seeds, and the standard deviation of several."""
+    deviation = f" ± {spread(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def verdict(values: list[float], reference: list[float], *, higher: bool) -> str:
@@ -549,11 +553,10 @@ def report_table(
             lines.append(f"| {setting} | `{flags}` | | not run | | | |")
             continue
         values = [run["value"] for run in runs]
-        deviation = f" ± {spread(values):.1f}" if len(values) > 1 else ""
         judged = verdict(values, reference, higher=first["higher_is_better"])
         lines.append(
             f"| {setting} | `{flags}` | {runs[0]['parameters']:,} "
-            f"| {statistics.mean(values):.1f}{deviation} "
+            f"| {mean_and_spread(values)} "
             f"| {', '.join(f'{value:.1f}' for value in values)} "
             f"| {'reference' if values is reference or setting == next(iter(results)) else judged} "
             f"| {statistics.mean(run['seconds'] for run in runs):.0f} |"

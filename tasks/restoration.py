@@ -263,8 +263,8 @@ def build_denoise(
     """
     if options.pop("evaluation_only"):
         train_dir = None
-    reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
-    reading["read"] = read_levels
+    luma = options.pop("luma", "photo")
+    reading = {"color": options["color"], "luma": luma, "read": read_levels}
     test = read_image_folders(test_dir, flag="--test_dir", **reading)
     train = read_image_folders(train_dir, flag="--train_dir", **reading) if train_dir else None
     return restoration_data("denoise", train, test, **options)
@@ -359,8 +359,8 @@ def build_photos(*, evaluation_only: bool = False, **options: Any) -> Data:
     pictures = Path(sklearn.__file__).parent / "datasets" / "images"
     samples = Path(matplotlib.get_data_path()) / "sample_data"
     train_files = [pictures / "china.jpg", samples / "grace_hopper.jpg"]
-    reading = {"color": options["color"], "luma": options.pop("luma", "photo")}
-    reading["read"] = read_levels
+    luma = options.pop("luma", "photo")
+    reading = {"color": options["color"], "luma": luma, "read": read_levels}
     there = [str(file) for file in train_files if file.is_file()]
     train = read_image_folders(there, flag="training", **reading)
     test = read_image_folders([str(pictures / "flower.jpg")], flag="test", **reading)
