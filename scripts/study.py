@@ -303,6 +303,17 @@ STUDIES = {
             "MaxRelative, by features": "--layer MaxRelative --similarity_type Col",
         },
     ),
+    "shapes3d_256": Study(
+        "The same where neighborhoods are small: 256 points, 5 neighbors, 10 epochs",
+        "about 6 minutes on one thread",
+        "--model dgcnn --dataset shapes3d --device cpu --num_points 256 --num_train 4500 "
+        "--num_test 2000 --width 0.25 --K 5 --dropout 0.2 --batch_size 32 --num_epochs 10 "
+        "--optimizer adam --lr 2e-3 --scheduler cosine --val_split 0.1",
+        {
+            "EdgeConv, by location": "--layer EdgeConv --similarity_type Loc",
+            "EdgeConv, by features": "--layer EdgeConv --similarity_type Col",
+        },
+    ),
     "correspondence": Study(
         "Which of 128 matches are right (70 % are wrong): do neighbors among them help?",
         "about 3 minutes on one thread",
