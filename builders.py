@@ -187,7 +187,8 @@ def choosing_options() -> list[Option]:
         Option(
             "preset",
             None,
-            "a row of the N3Net paper's table: sets --model and its flags",
+            "a network of the N3Net paper's tables, or one to compare with them: sets --model and "
+            "its flags",
             choices=tuple(PRESETS),
             of_run=True,
         ),

@@ -41,6 +41,7 @@ from models.dncnn import DnCNN
 from models.dynamic import DynamicNetwork
 from models.knn import KNNClassifier
 from models.n3net import PRESETS, N3Net
+from models.nlrn import NLRN
 from models.resnet import ResBlock, ResNet, ResNet1d
 from models.unet import UNet
 from models.vgg import VGG
@@ -50,6 +51,7 @@ from models.vit import ViT
 __all__ = [
     "DGCNN",
     "MODELS",
+    "NLRN",
     "PRESETS",
     "VGG",
     "CNN1d",
@@ -123,6 +125,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = Networks(
         "unet": UNet,
         "dncnn": DnCNN,
         "n3net": N3Net,
+        "nlrn": NLRN,
         "cnnet": CNNet,
         "dynamic": DynamicNetwork,
         "knn": KNNClassifier,

@@ -17,21 +17,27 @@ from torch import Tensor, nn
 from layers.cnn import channels_last, init_batch_norm
 from options import Options, option
 
-__all__ = ["DnCNN", "DnCNNOptions", "momentum_for"]
+__all__ = [
+    "DnCNN",
+    "DnCNNOptions",
+    "FoldOptions",
+    "RestorationOptions",
+    "add_shared",
+    "fold_blocks",
+    "momentum_for",
+    "unfold_blocks",
+]
 
 # What `layer=None` stands for: no bias before a batch norm, as published.
 OWN_LAYER = ("Conv2d", {"kernel_size": 3})
 
 
 @dataclass(frozen=True)
-class DnCNNOptions(Options):
-    """One denoising CNN."""
+class RestorationOptions(Options):
+    """What networks of convolutions with batch norm take."""
 
-    title = "Denoising networks (dncnn, n3net)"
-    depth: int = option(17, "convolutions of (each) DnCNN", least=2, most=100)
+    title = "Denoising networks (dncnn, n3net, nlrn)"
     features: int = option(64, "channels inside a DnCNN", least=1, most=10**10)
-    batch_norm: bool = option(True, "batch norm in the DnCNNs")
-    residual: bool = option(True, "add the input of a DnCNN to its output")
     bn_momentum: float = option(
         None,
         "weight of a new batch in the running statistics; not given: 20 / steps of the run, "
@@ -43,21 +49,63 @@ class DnCNNOptions(Options):
     )
 
 
+@dataclass(frozen=True)
+class FoldOptions(Options):
+    """Blocks of pixels in place of pixels."""
+
+    fold: int = option(
+        1,
+        "dncnn, nlrn: work on blocks of this side folded into channels (FFDNet: 2), with fewer "
+        "products",
+        least=1,
+        most=64,
+    )
+
+
+@dataclass(frozen=True)
+class DnCNNOptions(RestorationOptions):
+    """One denoising CNN."""
+
+    depth: int = option(17, "convolutions of (each) DnCNN", least=2, most=100)
+    batch_norm: bool = option(True, "batch norm in the DnCNNs")
+    residual: bool = option(True, "add the input of a DnCNN to its output")
+
+
 def momentum_for(num_steps: int) -> float:
     """Return the momentum of batch norm for a run of so many steps; 0: published."""
     return min(0.1, max(0.001, 20 / num_steps)) if num_steps else 0.001
 
 
 @dataclass(frozen=True)
-class FoldedDnCNNOptions(DnCNNOptions):
+class FoldedDnCNNOptions(FoldOptions, DnCNNOptions):
     """One denoising CNN that stands alone."""
 
-    fold: int = option(
-        1,
-        "dncnn: work on blocks of this side folded into channels (FFDNet: 2), with fewer products",
-        least=1,
-        most=64,
-    )
+
+def fold_blocks(x: Tensor, fold: int) -> Tensor:
+    """Turn pixels of fold × fold blocks into channels: (B, C, H, W) -> (B, C·fold², ⌈H/fold⌉, …).
+
+    Images are padded to whole blocks by their edge.
+    """
+    if fold == 1:
+        return x
+    edges = (0, -x.shape[3] % fold, 0, -x.shape[2] % fold)
+    return F.pixel_unshuffle(F.pad(x, edges, mode="replicate"), fold)
+
+
+def unfold_blocks(out: Tensor, fold: int, like: Tensor) -> Tensor:
+    """Turn channels into pixels again: (B, C·fold², …) -> (B, C, H, W), as large as `like`."""
+    if fold == 1:
+        return out
+    return F.pixel_shuffle(out, fold)[..., : like.shape[2], : like.shape[3]]
+
+
+def add_shared(out: Tensor, x: Tensor, shared: int) -> Tensor:
+    """Add the first `shared` channels of x (B, C', H, W) to those of out (B, C, H, W)."""
+    if shared == out.shape[1] == x.shape[1]:
+        return out + x
+    if shared:
+        return torch.cat((out[:, :shared] + x[:, :shared], out[:, shared:]), 1)
+    return out
 
 
 class DnCNN(nn.Module):
@@ -138,21 +186,10 @@ class DnCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoise."""
-        height, width = x.shape[-2:]
-        inner = x
-        if self.fold > 1:
-            edges = (0, -width % self.fold, 0, -height % self.fold)
-            inner = F.pixel_unshuffle(F.pad(x, edges, mode="replicate"), self.fold)
+        inner = fold_blocks(x, self.fold)
         inner = channels_last(inner) if self.plain else inner
         out = self.conv2(self.layer1(torch.relu_(self.conv1(inner))))
-        if self.fold > 1:
-            out = F.pixel_shuffle(out, self.fold)[..., :height, :width]
-        if self.shared == out.shape[1] == x.shape[1]:
-            return out + x
-        if self.shared:
-            same = out[:, : self.shared] + x[:, : self.shared]
-            return torch.cat((same, out[:, self.shared :]), 1)
-        return out
+        return add_shared(unfold_blocks(out, self.fold, x), x, self.shared)
 
 
 def _init_conv(conv: nn.Conv2d) -> None:

@@ -16,9 +16,10 @@ from layers.n3 import ConcreteBlock, KNNBlock, N3Block
 from models.dncnn import OWN_LAYER, DnCNN, DnCNNOptions, momentum_for
 from options import OptionError, option
 
-__all__ = ["PRESETS", "N3Net"]
+__all__ = ["PRESETS", "N3Net", "check_window"]
 
-# Rows of the paper's tables: model, and the options that differ from its defaults.
+# Rows of the paper's tables, and other networks to compare with them: model, and the options that
+# differ from its defaults.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "dncnn17": ("dncnn", {"depth": 17}),
     "dncnn18": ("dncnn", {"depth": 18}),
@@ -36,7 +37,29 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "dncnn",
         {"task": "super_resolution", "depth": 20, "batch_norm": False, "scale": [2, 3, 4]},
     ),
+    # Nonlocal and recurrent: as published, and of a size that a CPU trains.
+    "nlrn": ("nlrn", {}),
+    "nlrn_small": (
+        "nlrn",
+        {
+            "features": 96,
+            "embed_channels": 32,
+            "recurrences": 8,
+            "window": 15,
+            "K": 9,
+            "fold": 2,
+        },
+    ),
 }
+
+
+def check_window(window: int) -> None:
+    """Refuse a window without a middle."""
+    if window % 2 == 0:
+        raise OptionError(
+            f"window {window} is even: a query sits in the middle of its window. "
+            f"Try {window - 1} or {window + 1}."
+        )
 
 
 @dataclass(frozen=True)
@@ -90,11 +113,7 @@ class N3NetOptions(DnCNNOptions):
     def __post_init__(self) -> None:
         """Refuse windows without a middle, and choices that nothing would train."""
         super().__post_init__()
-        if self.window % 2 == 0:
-            raise OptionError(
-                f"window {self.window} is even: a query sits in the middle of its window. "
-                f"Try {self.window - 1} or {self.window + 1}."
-            )
+        check_window(self.window)
         if self.nonlocal_block == "knn" and self.match_on == "embedding":
             raise ValueError(
                 "nonlocal_block knn cannot match on an embedding: no gradient passes a hard "

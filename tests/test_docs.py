@@ -58,6 +58,7 @@ SMALL_MODELS = {
     "DGCNN": "--width 0.05 --K 2",
     "DnCNN": "--features 4 --depth 3",
     "N3Net": "--features 4 --depth 3 --embed_features 4 --embed_depth 2 --window 5",
+    "NLRN": "--features 4 --recurrences 2 --window 5 --K 4",
     "CNNet": "--features 8 --depth 2",
     "DynamicNetwork": "--max_neighbors 300 --learned_width 4 --learned_epochs 1",
 }

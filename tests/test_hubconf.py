@@ -16,6 +16,7 @@ SMALL = {
     "unet": {"channels": 4, "num_levels": 2},
     "dncnn": {"depth": 3, "features": 4},
     "n3net": {"depth": 2, "features": 4, "num_blocks": 1, "embed_features": 4},
+    "nlrn": {"features": 4, "recurrences": 2, "window": 5},
     "dynamic": {"num_inputs": 4, "num_classes": 2},
 }
 

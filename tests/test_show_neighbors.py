@@ -94,6 +94,7 @@ DENOISERS = {
     "dncnn": ["--depth", "3", "--features", "4", "--layer", "ConvNN_Attn", "--K", "4"],
     "unet": ["--channels", "2", "--num_levels", "1", "--layer", "ConvNN", "--K", "4"],
     "n3net": ["--depth", "2", "--features", "4", "--num_blocks", "1", "--embed_features", "4"],
+    "nlrn": ["--features", "4", "--recurrences", "2", "--window", "5", "--K", "4"],
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from small_n3 import TINY, published_shapes
 
 from checkpoints import load_pretrained, read_weights
-from models import DnCNN, N3Net
+from models import N3Net, model_class
 from models.n3net import PRESETS
 
 close = torch.testing.assert_close
@@ -76,7 +76,7 @@ def test_differing_names_are_listed(tmp_path):
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_presets_build(preset):
     name, options = PRESETS[preset]
-    model_type = {"dncnn": DnCNN, "n3net": N3Net}[name]
+    model_type = model_class(name)
     own = model_type.Options.names()  # the others are the task's
     model = model_type(**{name: value for name, value in options.items() if name in own})
     expected = {
@@ -86,6 +86,7 @@ def test_presets_build(preset):
         "n3net": 705_511,
         "knn_input": 338_697,
         "knn_dncnn": 338_697,
+        "nlrn": 340_099,
     }
     assert count(model) == expected.get(preset, count(model))
 
