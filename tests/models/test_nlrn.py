@@ -120,12 +120,14 @@ def test_norms_are_of_one_update_each():
     assert all(m.momentum == 1 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
-def test_compiled():
-    torch.manual_seed(0)
-    model = wake(NLRN(**TINY)).eval()
-    x = torch.rand(1, 1, 9, 7)
+@pytest.mark.parametrize("K", [4, 9])
+def test_compiled_and_exported(K):
+    model = wake(NLRN(**(TINY | {"K": K}))).eval()
+    x = torch.rand(1, 1, 20, 18)  # of several tiles
     exported = torch.export.export(model, (x,)).module()
     close(exported(x), model(x))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(compiled(x), model(x))
 
 
 def test_neighbors_are_seen():
