@@ -223,9 +223,18 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def time_case(shape, options, names, device, repeats, seconds, backward=True):
+def draw_map(shape, background, device):
+    """Draw features of a normal distribution; a share of the positions is all the same."""
+    x = torch.randn(shape)
+    plain = torch.rand(shape[2:]) < background
+    x[..., plain] = torch.randn(shape[1], 1)
+    return x.to(device).requires_grad_()
+
+
+def time_case(shape, options, names, args, repeats, backward=True):
     """Milliseconds of each implementation: {name: sorted times}, taking turns."""
-    x = torch.randn(shape, device=device, requires_grad=True)
+    device, seconds = args.device, args.seconds
+    x = draw_map(shape, args.background, device)
     built = {name: build(name, shape, options) for name in names}
     times = {name: [] for name in names}
     for turn in range(repeats + 1):
@@ -298,8 +307,8 @@ def summary(times):
 
 def measure(label, shape, options, args, repeats):
     names = [n for n in args.implementations if available(n, shape, args.device)]
-    forward = time_case(shape, options, names, args.device, repeats, args.seconds, backward=False)
-    both = time_case(shape, options, names, args.device, repeats, args.seconds)
+    forward = time_case(shape, options, names, args, repeats, backward=False)
+    both = time_case(shape, options, names, args, repeats)
     rows = []
     for name in names:
         median, low, high = summary(both[name])
@@ -484,6 +493,9 @@ def main():
     parser.add_argument("--batch_size", type=int, default=64, help="of --train")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=4.0, help="most for one line")
+    parser.add_argument(
+        "--background", type=float, default=0.0, help="share of positions with the same features"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--no_memory", action="store_true", help="leave out peak memory")

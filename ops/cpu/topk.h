@@ -19,7 +19,7 @@ struct Scratch {
   std::vector<int32_t> where, order;
 };
 
-// Values at least `floor`, in index order: count of those written to (values, where).
+// Values above `floor`, in index order: count of those written to (values, where).
 inline int collect(const float* s, int n, float floor, float* values, int32_t* where) {
   int count = 0, i = 0;
 #if defined(__AVX512F__)
@@ -28,7 +28,7 @@ inline int collect(const float* s, int n, float floor, float* values, int32_t* w
   const __m512i step = _mm512_set1_epi32(16);
   for (; i + 16 <= n; i += 16) {
     const __m512 v = _mm512_loadu_ps(s + i);
-    const __mmask16 hit = _mm512_cmp_ps_mask(v, t, _CMP_GE_OQ);
+    const __mmask16 hit = _mm512_cmp_ps_mask(v, t, _CMP_GT_OQ);
     if (hit) {
       // Compress in registers and store whole vectors: compressing stores are slow on some processors.
       _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(hit, v));
@@ -40,7 +40,7 @@ inline int collect(const float* s, int n, float floor, float* values, int32_t* w
 #elif defined(__AVX__)
   const __m256 t = _mm256_set1_ps(floor);
   for (; i + 8 <= n; i += 8) {
-    unsigned hit = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(s + i), t, _CMP_GE_OQ));
+    unsigned hit = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(s + i), t, _CMP_GT_OQ));
     for (; hit; hit &= hit - 1) {
       const int j = i + __builtin_ctz(hit);
       values[count] = s[j];
@@ -51,8 +51,30 @@ inline int collect(const float* s, int n, float floor, float* values, int32_t* w
   for (; i < n; ++i) {
     values[count] = s[i];
     where[count] = i;
-    count += s[i] >= floor;
+    count += s[i] > floor;
   }
+  return count;
+}
+
+// Where x first stands from place i on; n if nowhere.
+inline int find_equal(const float* s, int i, int n, float x) {
+#if defined(__AVX512F__)
+  for (const __m512 all = _mm512_set1_ps(x); i + 16 <= n; i += 16)
+    if (const __mmask16 hit = _mm512_cmp_ps_mask(_mm512_loadu_ps(s + i), all, _CMP_EQ_OQ)) return i + __builtin_ctz(hit);
+#elif defined(__AVX__)
+  for (const __m256 all = _mm256_set1_ps(x); i + 8 <= n; i += 8)
+    if (const int hit = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(s + i), all, _CMP_EQ_OQ)))
+      return i + __builtin_ctz(hit);
+#endif
+  while (i < n && s[i] != x) ++i;
+  return i;
+}
+
+// What can be among the K best of n scores, if as many reach `floor`: all above it, then the first that equal it. (Maps
+// with a plain background have hundreds of equal scores a row.)
+inline int collect_best(const float* s, int n, float floor, int K, float* values, int32_t* where) {
+  int count = collect(s, n, floor, values, where);
+  for (int i = -1; count < K && (i = find_equal(s, i + 1, n, floor)) < n; ++count) values[count] = floor, where[count] = i;
   return count;
 }
 
@@ -79,7 +101,7 @@ inline float kth_largest(const float* x, int n, int K, Buffer& copy) {
 
 inline int lane_count(int K) { return static_cast<int>(ceil_div(2 * K + 2, NR)) * NR; }
 
-// Merge the `count` collected (value, index) pairs, in index order, into the sorted list of a row.
+// Merge the `count` collected (value, index) pairs, equal values in index order, into the sorted list of a row.
 void merge(int count, int K, int64_t base, const int64_t* names, Scratch& w, float* best, int64_t* index) {
   float* v = w.values.data;
   int32_t* at = w.where.data();
@@ -149,7 +171,7 @@ inline void update_row(const float* s, int n, const float* lanes, int num_lanes,
   }
   w.values.get(n + 2 * VL);
   if (w.where.size() < static_cast<size_t>(n + 2 * VL)) w.where.resize(n + 2 * VL);
-  const int count = collect(s, n, floor, w.values.data, w.where.data());
+  const int count = collect_best(s, n, floor, K, w.values.data, w.where.data());
   if (count) merge(count, K, base, names, w, best, index);
 }
 
