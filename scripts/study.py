@@ -304,7 +304,7 @@ STUDIES = {
         },
     ),
     "shapes3d_256": Study(
-        "The same where neighborhoods are small: 256 points, 5 neighbors, 10 epochs",
+        "Points where neighborhoods are small (256 points, 5 neighbors): by features or location?",
         "about 6 minutes on one thread",
         "--model dgcnn --dataset shapes3d --device cpu --num_points 256 --num_train 4500 "
         "--num_test 2000 --width 0.25 --K 5 --dropout 0.2 --batch_size 32 --num_epochs 10 "
