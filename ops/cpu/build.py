@@ -32,7 +32,7 @@ from torch import Tensor
 __all__ = ["NativeError", "OutOfRange", "build", "kernel", "library", "status", "switch"]
 
 SOURCES = Path(__file__).parent
-ABI = 6  # kernels_abi() in threads.h: one number for all of SIGNATURES
+ABI = 7  # kernels_abi() in threads.h: one number for all of SIGNATURES
 
 # The entry points of each source and their arguments: p a pointer, i an int64, d an int, f a float
 # and t the number of threads, which `kernel` adds. They return a code (`_run`), or what follows >.
@@ -84,6 +84,8 @@ SIGNATURES = {
     },
     "progressive": {
         "pg_axes": ">i",
+        "pg_supported": ">d",
+        "pg_most": ">i",
         "pg_rotate": "pdiidppiipppt",
         "pg_sketch": "pippippppt",
         "pg_pack": "pppiiipppt",

@@ -1,9 +1,9 @@
 // Exact K-nearest-neighbor search through 8-bit dot products (the method is told in ops/sets/index.py).
 //
-// Plain C entry points for ctypes, no torch headers. Keys are packed in panels of 48; one micro-kernel call scores 8
-// queries against one panel with `vpdpbusd` (unsigned keys x signed queries). Scores never reach memory in bulk: each
-// is compared with the query's running bound, and only survivors are kept. `es_supported` tells whether the machine
-// this was compiled on has the instruction.
+// Plain C entry points for ctypes, no torch headers. Keys are packed in panels of 48; one call of a tile scores some
+// queries against one panel (unsigned keys x signed queries, bytes.h). Scores never reach memory in bulk: each is
+// compared with the query's running bound, and only survivors are kept. `es_supported` tells whether the machine this
+// was compiled on multiplies bytes faster than float32 (`vpdpbusd`); elsewhere it is right, and slow.
 //
 // cost of a pair, smaller is better:   euclidean |x - y|^2,   dot -x.y,   cosine -x.y / (|x| |y|)
 // computed as                          bias_j - c sx_i sy_j acc_ij + const_i     (acc: integer dot product; c = 2 or 1)
@@ -37,8 +37,6 @@ struct IntCandidate {
 };
 
 // ---- scanning -----------------------------------------------------------------------------------------------------
-
-#if ES_VNNI
 
 // Floats as integers of the same order, and back.
 inline int32_t ordered(float v) {
@@ -185,25 +183,22 @@ void scan_float(Search& h, const uint8_t* packed, const float* meta, const void*
     const int32_t first = int32_t(p * kPanel);
     for (int64_t i = 0; i < tile; i += kRows) {
       const int64_t q = q0 + i;
-      dot_tile(keys, h.packed.data() + q * h.dpad, h.dpad, d4, h.start.data() + q, dots);
-      const __m512 s0 = _mm512_loadu_ps(mt), s1 = _mm512_loadu_ps(mt + 16), s2 = _mm512_loadu_ps(mt + 32);
-      const __m512 b0 = _mm512_loadu_ps(mt + 48), b1 = _mm512_loadu_ps(mt + 64), b2 = _mm512_loadu_ps(mt + 80);
+      dot_tile<Whole>(keys, h.packed.data() + q * h.dpad, h.dpad, d4, h.start.data() + q, dots);
       for (int r = 0; r < kRows; ++r) {
         const float E = h.err_norm[q + r] * A + h.err_resid[q + r] * B + h.err_add[q + r] + R;
         const float sx = h.scale[q + r];
-        const __m512 vs = _mm512_set1_ps(sx), vt = _mm512_set1_ps(lists[i + r].base + E);
-        __m512 t0 = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots + r * kPanel + 0)), s0), vs, b0);
-        __m512 t1 = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots + r * kPanel + 16)), s1), vs, b1);
-        __m512 t2 = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots + r * kPanel + 32)), s2), vs, b2);
-        uint64_t hit = uint64_t(_mm512_cmp_ps_mask(t0, vt, _CMP_LE_OQ)) |
-                       uint64_t(_mm512_cmp_ps_mask(t1, vt, _CMP_LE_OQ)) << 16 |
-                       uint64_t(_mm512_cmp_ps_mask(t2, vt, _CMP_LE_OQ)) << 32;
+        const vf scale = splat(sx), bar = splat(lists[i + r].base + E);
+        vf t[kPanel / VL];
+        uint64_t hit = 0;
+        UNROLL for (int v = 0; v < kPanel / VL; ++v) {
+          const vf product = __builtin_convertvector(load(dots + r * kPanel + VL * v), vf) * load(mt + VL * v);
+          t[v] = load(mt + kPanel + VL * v) - product * scale;
+          hit |= uint64_t(at_most(t[v], bar)) << (VL * v);
+        }
         if (__builtin_expect(hit != 0, 0)) {
           if (q + r >= q1) continue;
           FloatList& list = lists[i + r];
-          _mm512_store_ps(score, t0);
-          _mm512_store_ps(score + 16, t1);
-          _mm512_store_ps(score + 32, t2);
+          UNROLL for (int v = 0; v < kPanel / VL; ++v) store(score + VL * v, t[v]);
           for (; hit; hit &= hit - 1) {
             const int j = __builtin_ctzll(hit);
             if (!(score[j] < INF)) continue;  // padding
@@ -252,25 +247,24 @@ void scan_integer(Search& h, const uint8_t* packed, const float* meta, int64_t n
   alignas(64) int32_t score[kPanel], dots[kRows * kPanel];
   for (int64_t p = 0; p < panels; ++p) {
     const float* mt = meta + p * kMeta;
+    const int32_t* bias = reinterpret_cast<const int32_t*>(mt + kPanel);
     const uint8_t* keys = packed + p * h.dpad * kPanel;
     const int32_t first = int32_t(p * kPanel);
     for (int64_t i = 0; i < tile; i += kRows) {
       const int64_t q = q0 + i;
-      dot_tile(keys, h.packed.data() + q * h.dpad, h.dpad, d4, h.start.data() + q, dots);
-      const __m512i b0 = _mm512_loadu_si512(mt + 48), b1 = _mm512_loadu_si512(mt + 64), b2 = _mm512_loadu_si512(mt + 80);
+      dot_tile<Whole>(keys, h.packed.data() + q * h.dpad, h.dpad, d4, h.start.data() + q, dots);
       for (int r = 0; r < kRows; ++r) {
-        const __m512i vt = _mm512_set1_epi32(lists[i + r].base);
-        __m512i t0 = _mm512_sub_epi32(b0, _mm512_slli_epi32(_mm512_load_si512(dots + r * kPanel + 0), shift));
-        __m512i t1 = _mm512_sub_epi32(b1, _mm512_slli_epi32(_mm512_load_si512(dots + r * kPanel + 16), shift));
-        __m512i t2 = _mm512_sub_epi32(b2, _mm512_slli_epi32(_mm512_load_si512(dots + r * kPanel + 32), shift));
-        uint64_t hit = uint64_t(_mm512_cmplt_epi32_mask(t0, vt)) | uint64_t(_mm512_cmplt_epi32_mask(t1, vt)) << 16 |
-                       uint64_t(_mm512_cmplt_epi32_mask(t2, vt)) << 32;
+        const vi bar = vi{} + (lists[i + r].base - 1);
+        vi t[kPanel / VL];
+        uint64_t hit = 0;
+        UNROLL for (int v = 0; v < kPanel / VL; ++v) {
+          t[v] = load(bias + VL * v) - (load(dots + r * kPanel + VL * v) << shift);
+          hit |= uint64_t(at_most(t[v], bar)) << (VL * v);
+        }
         if (__builtin_expect(hit != 0, 0)) {
           if (q + r >= q1) continue;
           IntList& list = lists[i + r];
-          _mm512_store_si512(score, t0);
-          _mm512_store_si512(score + 16, t1);
-          _mm512_store_si512(score + 32, t2);
+          UNROLL for (int v = 0; v < kPanel / VL; ++v) store(score + VL * v, t[v]);
           for (; hit; hit &= hit - 1) {
             const int j = __builtin_ctzll(hit);
             if (first + j >= n || score[j] >= list.base) continue;
@@ -287,8 +281,6 @@ void scan_integer(Search& h, const uint8_t* packed, const float* meta, int64_t n
       offer(h.best[q0 + i], K, {double(c.cost) + h.shift[q0 + i], base_index + c.index});
   }
 }
-
-#endif  // ES_VNNI
 
 // Keeps the `length` smallest of cost_j = bias_j - factor * row_j in a heap, largest first, with labels start + j.
 void select_row(const float* row, int64_t n, const float* bias, float factor, int64_t start, float* heap,
@@ -324,7 +316,7 @@ void select_row(const float* row, int64_t n, const float* bias, float factor, in
 
 extern "C" {
 
-int es_supported() { return ES_VNNI; }
+int es_supported() { return WHOLE_ROWS_ARE_FAST; }
 int64_t es_panel() { return kPanel; }
 int64_t es_meta() { return kMeta; }
 
@@ -410,7 +402,6 @@ int es_pack(const void* rows, int type, int64_t n, int64_t d, int metric, int in
 // Adds n packed keys to the running best K; `rows` are the same keys as they were, of the queries' type. Stretches of
 // keys must come in ascending order: on equal cost the lower index stays.
 int es_scan(void* handle, const uint8_t* packed, const float* meta, const void* rows, int64_t n, int64_t base_index) {
-#if ES_VNNI
   Search& h = *static_cast<Search*>(handle);
   int64_t tile = (h.m + 2 * h.threads - 1) / (2 * h.threads);
   tile = std::min<int64_t>(256, (tile + kRows - 1) / kRows * kRows);
@@ -423,9 +414,6 @@ int es_scan(void* handle, const uint8_t* packed, const float* meta, const void* 
         scan_float(h, packed, meta, rows, h.type, n, base_index, q0, q1);
     });
   });
-#else
-  return NOT_SUPPORTED;
-#endif
 }
 
 // Keeps the `length` smallest of cost_ij = bias_j - factor * products_ij over stretches of keys, in portable code.

@@ -1,4 +1,4 @@
-// Pairs of a query and a key: their cost in float64, the K best so far, and tiles of 8-bit dot products.
+// Pairs of a query and a key: their cost in float64, and the K best so far.
 #pragma once
 
 #include <algorithm>
@@ -10,109 +10,42 @@
 #include <utility>
 #include <vector>
 
+#include "bytes.h"
 #include "vectors.h"
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define ES_VNNI 1
-#else
-#define ES_VNNI 0
-#endif
 
 namespace {
 
-constexpr int kPanel = 48;     // keys per panel: three 16-lane registers
-constexpr int kRows = 8;       // queries per micro-kernel call
-
 enum Type { kF32 = 0, kF64 = 1, kU8 = 2, kI8 = 3 };  // in the order of TYPE_CODES in ops/sets/keys.py
 
-// Sums of squared differences (EUCLIDEAN) or of products of two rows, in float64 and 32 lanes: enough independent
-// additions to hide their latency.
-#if ES_VNNI
-
-inline __m512d load8(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
-inline __m512d load8(const double* x) { return _mm512_loadu_pd(x); }
-inline __m512d load8(const uint8_t* x) {
-  return _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
-inline __m512d load8(const int8_t* x) {
-  return _mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
-
+// Sums of squared differences (EUCLIDEAN) or of products of two rows, in float64 and several vectors: enough
+// independent additions to hide their latency.
 template <bool kDifference, class T>
 inline double sum_pairs(const T* x, const T* y, int64_t d) {
-  __m512d lanes[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
+  constexpr int kDoubles = VL / 2, kSums = 4;
+  typedef double vd __attribute__((vector_size(kDoubles * 8)));
+  typedef T vt __attribute__((vector_size(kDoubles * sizeof(T)), aligned(sizeof(T)), may_alias));
+  const auto add = [x, y](vd sum, int64_t c) {
+    const vd a = __builtin_convertvector(*reinterpret_cast<const vt*>(x + c), vd);
+    const vd b = __builtin_convertvector(*reinterpret_cast<const vt*>(y + c), vd);
+    const vd t = a - b;
+    return sum + (kDifference ? t * t : a * b);
+  };
+  vd sums[kSums] = {};
   int64_t c = 0;
-  for (; c + 32 <= d; c += 32)
-#pragma GCC unroll 4
-    for (int l = 0; l < 4; ++l) {
-      const __m512d a = load8(x + c + 8 * l), b = load8(y + c + 8 * l);
-      const __m512d t = _mm512_sub_pd(a, b);
-      lanes[l] = kDifference ? _mm512_fmadd_pd(t, t, lanes[l]) : _mm512_fmadd_pd(a, b, lanes[l]);
-    }
-  for (; c + 8 <= d; c += 8) {
-    const __m512d a = load8(x + c), b = load8(y + c), t = _mm512_sub_pd(a, b);
-    lanes[0] = kDifference ? _mm512_fmadd_pd(t, t, lanes[0]) : _mm512_fmadd_pd(a, b, lanes[0]);
-  }
-  double s = _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(lanes[0], lanes[1]), _mm512_add_pd(lanes[2], lanes[3])));
+  for (; c + kSums * kDoubles <= d; c += kSums * kDoubles)
+    UNROLL for (int l = 0; l < kSums; ++l) sums[l] = add(sums[l], c + l * kDoubles);
+  for (; c + kDoubles <= d; c += kDoubles) sums[0] = add(sums[0], c);
+  const vd all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double sum = 0;
+  for (int l = 0; l < kDoubles; ++l) sum += all[l];
   for (; c < d; ++c) {
     const double a = double(x[c]), b = double(y[c]);
-    s += kDifference ? (a - b) * (a - b) : a * b;
-  }
-  return s;
-}
-
-#else
-
-template <bool kDifference, class T>
-inline double sum_pairs(const T* x, const T* y, int64_t d) {
-  const auto term = [x, y](int64_t c) {
-    const double a = double(x[c]), b = double(y[c]);
-    return kDifference ? (a - b) * (a - b) : a * b;
-  };
-  double lanes[32] = {};
-  int64_t c = 0;
-  for (; c + 32 <= d; c += 32)
-    for (int l = 0; l < 32; ++l) lanes[l] += term(c + l);
-  double s = 0;
-  for (int l = 0; l < 32; ++l) s += lanes[l];
-  for (; c < d; ++c) s += term(c);
-  return s;
-}
-
-#endif
-
-// The same of bytes, in integers: exact.
-template <bool kDifference, class T>
-inline int64_t sum_bytes(const T* x, const T* y, int64_t d) {
-  int64_t sum = 0;
-  int64_t c = 0;
-#if ES_VNNI
-  const auto wide = [](const T* p) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return std::is_same<T, uint8_t>::value ? _mm512_cvtepu8_epi16(v) : _mm512_cvtepi8_epi16(v);
-  };
-  while (c + 32 <= d) {
-    __m512i lanes[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    const int64_t end = std::min(d, c + 16384);  // a lane's sum stays below 2^31
-    for (int l = 0; c + 32 <= end; c += 32, l ^= 1) {
-      const __m512i a = wide(x + c), b = wide(y + c), t = _mm512_sub_epi16(a, b);
-      lanes[l] = _mm512_dpwssd_epi32(lanes[l], kDifference ? t : a, kDifference ? t : b);
-    }
-    sum += _mm512_reduce_add_epi32(_mm512_add_epi32(lanes[0], lanes[1]));
-  }
-#endif
-  for (; c < d;) {
-    int32_t part = 0;
-    const int64_t end = std::min(d, c + 16384);
-    for (; c < end; ++c) {
-      const int32_t a = x[c], b = y[c];
-      part += kDifference ? (a - b) * (a - b) : a * b;
-    }
-    sum += part;
+    sum += kDifference ? (a - b) * (a - b) : a * b;
   }
   return sum;
 }
 
+// Of bytes in integers, which is exact.
 template <bool kDifference>
 inline double sum_pairs(const uint8_t* x, const uint8_t* y, int64_t d) {
   return double(sum_bytes<kDifference>(x, y, d));
@@ -201,52 +134,5 @@ void offer(std::vector<Best>& heap, size_t K, Best b) {
     std::push_heap(heap.begin(), heap.end());
   }
 }
-
-#if ES_VNNI
-
-// (8 queries) x (one panel): out[r][j] = start[r] + sum_c keys[c][j] * q[r][c]. Twenty-four accumulators stay in
-// registers; they go through memory once at the end (kept apart from the scan, or the compiler spills them inside).
-__attribute__((noinline)) void dot_tile(const uint8_t* keys, const int8_t* q, int64_t qstride, int64_t d4,
-                                        const int32_t* start, int32_t* out) {
-  __m512i acc[kRows][3];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = acc[r][2] = _mm512_set1_epi32(start[r]);
-  for (int64_t c = 0; c < d4; ++c) {
-    const __m512i k0 = _mm512_loadu_si512(keys), k1 = _mm512_loadu_si512(keys + 64),
-                  k2 = _mm512_loadu_si512(keys + 128);
-    keys += 4 * kPanel;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      int32_t word;
-      std::memcpy(&word, q + r * qstride + 4 * c, 4);
-      const __m512i b = _mm512_set1_epi32(word);
-      acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], k0, b);
-      acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], k1, b);
-      acc[r][2] = _mm512_dpbusd_epi32(acc[r][2], k2, b);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < 3; ++v) _mm512_store_si512(out + r * kPanel + v * 16, acc[r][v]);
-}
-
-#else
-
-inline void dot_tile(const uint8_t* keys, const int8_t* q, int64_t qstride, int64_t d4, const int32_t* start,
-                     int32_t* out) {
-  for (int r = 0; r < kRows; ++r) {
-    int32_t* sum = out + r * kPanel;
-    for (int j = 0; j < kPanel; ++j) sum[j] = start[r];
-    for (int64_t c = 0; c < d4; ++c)
-      for (int j = 0; j < kPanel; ++j) {
-        const uint8_t* k = keys + (c * kPanel + j) * 4;
-        const int8_t* v = q + r * qstride + 4 * c;
-        sum[j] += k[0] * v[0] + k[1] * v[1] + k[2] * v[2] + k[3] * v[3];
-      }
-  }
-}
-
-#endif
 
 }  // namespace

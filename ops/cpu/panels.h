@@ -1,6 +1,6 @@
 // Keys and queries packed for 8-bit dot products, with bounds on what that loses: what index.cpp scans.
 //
-// Keys come in panels of 48, four bytes of a key side by side, for `vpdpbusd` (unsigned keys x signed queries).
+// Keys come in panels of 48, four bytes of a key side by side (bytes.h).
 #pragma once
 
 #include <algorithm>

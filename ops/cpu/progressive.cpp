@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kTile = 128;          // queries that go over the keys together
 constexpr int32_t kFar = 1 << 30;       // beyond every distance of sketches: where a panel holds no key
+constexpr int32_t kShift = Small::kMost + 1;  // added to the numbers of keys of the first stage
 constexpr double kUnit = 6.0e-8;        // at least the unit roundoff of float32
 
 constexpr int64_t kTurnRows = 12;       // rows that are rotated together in registers
@@ -71,6 +72,7 @@ struct Sketch {
   float extra_center, rest_center;  // subtracted, of keys and queries alike
   double unit;           // of the distances of sketches
   double lost, least;    // coordinates are within lost * length + least of those of an orthonormal rotation
+  float largest;         // of the numbers of the sketch
 
   // Writes `width` numbers; returns the slip in units, rounded up. work: width floats.
   float write(const float* z, Row row, int8_t* out, int32_t* square, float* work) const {
@@ -98,7 +100,7 @@ struct Sketch {
     int32_t total = 0;
 #pragma omp simd reduction(+ : residual, total)
     for (int64_t a = 0; a < width; ++a) {
-      const float p = std::min(127.0f, std::max(-127.0f, work[a] * inverse));
+      const float p = std::min(largest, std::max(-largest, work[a] * inverse));
       const int32_t q = int32_t(p + std::copysign(0.5f, p));
       const float t = work[a] - float(q) * step;
       residual += t * t;
@@ -108,7 +110,7 @@ struct Sketch {
     *square = total;
     // Rounding: of the sum above, of each of its terms, of Hadamard's log2(width) additions, of the centers, of `step`.
     double slip = std::sqrt(double(residual)) * (1 + kUnit * double(width + 8)) / root;
-    slip += (20 + std::log2(double(width))) * kUnit * size + 127 * root * kUnit * unit;
+    slip += (20 + std::log2(double(width))) * kUnit * size + double(largest) * root * kUnit * unit;
     slip += error + doubt + 1.3e-7 * length;  // the last: of centering the row
     return round_up(slip / unit * (1 + 1e-7));
   }
@@ -119,7 +121,7 @@ struct Candidate {
 };
 
 struct Side {  // sketches of some rows
-  const int8_t* data;    // (n, width); of keys, with the sign bit turned over
+  const int8_t* data;    // (n, width)
   const int32_t* square;
   const float* slip;
 };
@@ -128,7 +130,7 @@ struct Scan {
   Pairs pairs;
   int64_t m, n, K, base, step, width[2], seeds;
   double unit[2];
-  Side query[2], key[2];        // key[0]: panels, squares by place, one slip a panel; key[1].data null: one stage
+  Side query[2], key[2];        // key[0]: panels as pg_pack leaves them; key[1].data null: one stage
   const double* offset;         // squared distance = offset of the query + factor * cost
   double factor;
   double* costs;
@@ -164,53 +166,27 @@ struct Hunt {
   }
 };
 
-// Scores of 8 queries and a panel, squared distances of sketches less the query's own square.
+// Scores of kRows queries and a panel, squared distances of sketches less the query's own square.
 inline void tile_scores(const Scan& s, int64_t p, int64_t q, const int8_t* packed, const int32_t* start, int32_t* dots) {
-  dot_tile(reinterpret_cast<const uint8_t*>(s.key[0].data) + p * kPanel * s.width[0], packed + q * s.width[0],
+  dot_tile<Small>(reinterpret_cast<const uint8_t*>(s.key[0].data) + p * kPanel * s.width[0], packed + q * s.width[0],
            s.width[0], s.width[0] / 4, start + q, dots);
 }
 
 // Bits of the places of a panel whose score is at most `limit`; scores replace the products.
 inline uint64_t within(int32_t* dots, const int32_t* squares, int32_t limit) {
-#if ES_VNNI
-  const __m512i bar = _mm512_set1_epi32(limit);
+  const vi bar = vi{} + limit;
   uint64_t hit = 0;
-#pragma GCC unroll 3
-  for (int v = 0; v < 3; ++v) {
-    const __m512i score = _mm512_sub_epi32(_mm512_loadu_si512(squares + 16 * v),
-                                           _mm512_slli_epi32(_mm512_load_si512(dots + 16 * v), 1));
-    _mm512_store_si512(dots + 16 * v, score);
-    hit |= uint64_t(_mm512_cmple_epi32_mask(score, bar)) << (16 * v);
+  UNROLL for (int v = 0; v < kPanel / VL; ++v) {
+    const vi score = load(squares + VL * v) - 2 * load(dots + VL * v);
+    store(dots + VL * v, score);
+    hit |= uint64_t(at_most(score, bar)) << (VL * v);
   }
   return hit;
-#else
-  uint64_t hit = 0;
-  for (int j = 0; j < kPanel; ++j) {
-    dots[j] = squares[j] - 2 * dots[j];
-    hit |= uint64_t(dots[j] <= limit) << j;
-  }
-  return hit;
-#endif
 }
 
+// Squared distance of the second sketches of a query and a key.
 int64_t sketch_distance(const Scan& s, int64_t i, int64_t j) {
-  const int8_t* x = s.query[1].data + i * s.width[1];
-  const int8_t* y = s.key[1].data + j * s.width[1];
-  int32_t product = 0;
-#if ES_VNNI
-  __m512i lanes = _mm512_setzero_si512();
-  const __m512i flip = _mm512_set1_epi8(char(0x80));
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t c = 0; c + 64 <= s.width[1]; c += 64) {
-    const __m512i a = _mm512_loadu_si512(x + c), b = _mm512_loadu_si512(y + c);
-    lanes = _mm512_dpbusd_epi32(lanes, b, a);
-    sum = _mm512_dpbusd_epi32(sum, flip, a);
-  }
-  product = _mm512_reduce_add_epi32(_mm512_sub_epi32(lanes, sum));
-#else
-  for (int64_t c = 0; c < s.width[1]; ++c) product += int32_t(x[c]) * (int32_t(uint8_t(y[c])) - 128);
-#endif
-  return int64_t(s.query[1].square[i]) + s.key[1].square[j] - 2 * int64_t(product);
+  return sum_bytes<true>(s.query[1].data + i * s.width[1], s.key[1].data + j * s.width[1], s.width[1]);
 }
 
 // Evaluates the `count` most promising candidates, and drops those that are out of reach then.
@@ -299,7 +275,7 @@ void scan_tile(Scan& s, int64_t q0, int64_t q1, Scratch& w) {
     known = known && (s.open[i] || int64_t(h.best.size()) == s.K);
     int32_t sum = 0;
     for (int64_t c = 0; c < width; ++c) sum += w.packed[r * width + c];
-    w.start[r] = -128 * sum;
+    w.start[r] = -kShift * sum;
   }
   // Seeds: the best of the first panels, by their sketches, say how far neighbors can be.
   if (!known) {
@@ -423,14 +399,16 @@ int pg_rotate(const void* rows, int type, int64_t n, int64_t d, int normalise, c
 }
 
 int64_t pg_axes() { return NR; }
+int pg_supported() { return SKETCHES_ARE_FAST; }
+int64_t pg_most() { return Small::kMost; }
 
 // Sketches n rows from their leading coordinates z (n, stride), squared lengths and extra coordinates (may be null).
-// numbers: axes, width, unit, lost, least, center of the extra coordinate, center of the rest.
+// numbers: axes, width, unit, lost, least, center of the extra coordinate, center of the rest, largest of a sketch.
 // out (n, width), square (n), slip (n).
 int pg_sketch(const float* z, int64_t stride, const double* squares, const float* extra, int64_t n,
               const double* numbers, int8_t* out, int32_t* square, float* slip, int threads) {
   const Sketch sketch{int64_t(numbers[0]), int64_t(numbers[1]), extra != nullptr, float(numbers[5]), float(numbers[6]),
-                      numbers[2], numbers[3], numbers[4]};
+                      numbers[2], numbers[3], numbers[4], float(numbers[7])};
   return guarded([&] {
     run_tasks(threads, (n + 63) / 64, [&](int64_t job) {
       std::vector<float> work(size_t(sketch.width));
@@ -441,8 +419,8 @@ int pg_sketch(const float* z, int64_t stride, const double* squares, const float
   });
 }
 
-// Packs sketches of all n keys for the first stage: at place t the key t * step mod n. panels (panels, width, 48)
-// bytes, squares by place, one slip a panel.
+// Packs sketches of all n keys, numbers in -pg_most() .. pg_most(), for the first stage: at place t the key
+// t * step mod n. panels (panels, width, 48) bytes, squares by place, one slip a panel.
 int pg_pack(const int8_t* data, const int32_t* square, const float* slip, int64_t n, int64_t width, int64_t step,
             uint8_t* packed, int32_t* squares, float* slips, int threads) {
   const int64_t panels = (n + kPanel - 1) / kPanel;
@@ -455,7 +433,7 @@ int pg_pack(const int8_t* data, const int32_t* square, const float* slip, int64_
           const int64_t place = p * kPanel + j;
           if (place >= n) {
             squares[place] = kFar;
-            for (int64_t c = 0; c < width; c += 4) std::memset(out + c * kPanel + 4 * j, 128, 4);
+            for (int64_t c = 0; c < width; c += 4) std::memset(out + c * kPanel + 4 * j, kShift, 4);
             continue;
           }
           const int64_t key = int64_t(uint64_t(place) * uint64_t(step) % uint64_t(n));
@@ -464,7 +442,7 @@ int pg_pack(const int8_t* data, const int32_t* square, const float* slip, int64_
           for (int64_t c = 0; c < width; c += 4) {
             uint32_t word;
             std::memcpy(&word, data + key * width + c, 4);
-            word ^= 0x80808080u;
+            word = (word ^ 0x80808080u) - 0x01010101u * (128 - kShift);  // no byte borrows from the next
             std::memcpy(out + c * kPanel + 4 * j, &word, 4);
           }
         }
@@ -475,7 +453,7 @@ int pg_pack(const int8_t* data, const int32_t* square, const float* slip, int64_
 
 // Counts n keys in the best K of m queries. sketches: addresses of (query data, squares, slips, key data, squares,
 // slips) of the first stage and of the second, whose key data may be null; keys of the first as pg_pack leaves them, of
-// the second in order, with all sign bits turned over. sizes: m, n, d, K, base index, step, widths (2), seed panels,
+// the second in order. sizes: m, n, d, K, base index, step, widths (2), seed panels,
 // most candidates. numbers: units (2), factor. norms: of the queries. costs, indices (m, K): the running best, -1 where
 // there is none; open (m): set where a query has too many candidates, its best is then void. counts (3): what was left
 // by the first stage, seen by the second, evaluated.

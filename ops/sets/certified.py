@@ -276,7 +276,7 @@ def _bound(
     if metric == "euclidean":
         bias, shift, factor = y.square, x.square, 2
     else:  # x·y = x~·y~ + mean·y~ + x·mean, with ~ for centered rows
-        bias, shift, factor = -y.along, -(x.along + mean.square().sum()), 1
+        bias, shift, factor = -y.along, -(x.along.double() + mean.square().sum()), 1
     rounding = 16 if mode == "int8" else x.low.shape[1] + 16
     longest = (y.norm + y.residual).max()
     error = x.residual * longest + x.norm * y.residual.max()

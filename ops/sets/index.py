@@ -184,7 +184,7 @@ class ExactIndex:
         if self.precision != "auto" or queries.device.type != "cpu" or not large:
             return None
         kept = keys.dtype in self._sketched
-        if not (kept or self._asked >= MIN_QUERIES) or not eight_bits():
+        if not (kept or self._asked >= MIN_QUERIES) or not short_sketches():
             return None
         if keys.dtype not in self._rotations:
             self._rotations[keys.dtype] = self._fit(keys)
@@ -333,8 +333,14 @@ class ExactIndex:
 
 
 def eight_bits() -> bool:
-    """Whether there is compiled code here, and a processor with fast 8-bit products."""
+    """Whether compiled 8-bit products of whole rows are the fastest here: AVX-512 VNNI, AVX-VNNI."""
     supported = build.kernel("es_supported")
+    return supported is not None and bool(supported())
+
+
+def short_sketches() -> bool:
+    """Whether compiled 8-bit products of sketches are fast here: any x86 with AVX2."""
+    supported = build.kernel("pg_supported")
     return supported is not None and bool(supported())
 
 

@@ -93,6 +93,7 @@ class Stage:
         lost: Bound on the error of the coordinates, relative to the length of a row.
         least: The same where lengths vanish.
         centers: What is subtracted from the extra coordinate and the rest.
+        most: Numbers of a sketch lie in -most … most.
     """
 
     axes: int
@@ -101,6 +102,7 @@ class Stage:
     lost: float
     least: float
     centers: tuple[float, float]
+    most: int
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ class Rotation:
             extra = self._extra(before, after, keys)
             for stage, (data, squares, slips) in zip(stages, made, strict=True):
                 numbers = torch.tensor(
-                    [stage.axes, stage.width, stage.unit, stage.lost, stage.least, *stage.centers],
+                    [stage.axes, stage.width, stage.unit, stage.lost, stage.least]
+                    + [*stage.centers, stage.most],
                     dtype=torch.float64,
                 )
                 write(
@@ -268,20 +271,21 @@ def fit_rotation(keys: Keys, metric: str, longest: float) -> Rotation:
         columns = [z1, *([extra[:, None] - centers[0]] if own else []), rest[:, None] - centers[1]]
         points = torch.cat(columns, 1)[:: max(1, len(z) // _SAMPLE)]
         points = points @ _hadamard(width)[: points.shape[1]]
-        unit = _choose_step(points) / math.sqrt(width)
+        most = 127 if stages else build.kernel("pg_most")()
+        unit = _choose_step(points, most) / math.sqrt(width)
         lost = skew + gamma * axes[:, :count].norm().item() * 1.001
         # Products that vanish in float32 (below 1e-38) are far below this.
-        stages.append(Stage(count, width, unit, lost, max(1e-9 * unit, 1e-30), centers))
+        stages.append(Stage(count, width, unit, lost, max(1e-9 * unit, 1e-30), centers, most))
     return Rotation(metric, mean, bare.axes, tuple(stages), longest)
 
 
-def _choose_step(points: Tensor) -> float:
+def _choose_step(points: Tensor, most: int) -> float:
     """Return the rounding step that loses least: a small one cuts large numbers off."""
     top = points.abs().max().item()
-    steps = [top * part / 127 for part in (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2)]
+    steps = [top * part / most for part in (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2)]
 
     def loss(step: float) -> float:
-        rounded = (points / step).round_().clamp_(-127, 127) * step
+        rounded = (points / step).round_().clamp_(-most, most) * step
         return (points - rounded).norm(dim=1).mean().item()
 
     return max(min(steps, key=loss), 1e-25)
@@ -310,10 +314,7 @@ class ProgressiveKeys:
         build.kernel("pg_pack")(
             *(data, squares, slips, self.count, data.shape[1], self.step), *first
         )
-        self.stages = [first]
-        if len(made) > 1:
-            made[1][0].bitwise_xor_(-128)
-            self.stages.append(made[1])
+        self.stages = [first, *made[1:]]
 
 
 def _stride(n: int) -> int:

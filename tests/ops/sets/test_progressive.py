@@ -13,7 +13,7 @@ from ops.sets.index import ExactIndex
 from ops.sets.keys import Keys
 
 pytestmark = pytest.mark.skipif(
-    not module.eight_bits(), reason="no compiler, or no processor with fast 8-bit products"
+    not module.short_sketches(), reason="no compiler, or no processor with AVX2"
 )
 KINDS = (
     "smooth",
