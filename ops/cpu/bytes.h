@@ -112,36 +112,61 @@ using Small = Whole;
 #endif
 #endif
 
-// (kRows queries) x (one panel) over `words`, a multiple of Product::kWords: out[r][j] = start[r] + sum of
-// keys[.][j] * q[r][.]. Sums stay in registers; they go through memory once at the end (kept apart from the scan, or the
-// compiler spills them inside). Queries are qstride bytes apart.
+// Sums of kRows queries and kWide registers of keys over `words`, a multiple of Product::kWords: acc[r][v] becomes
+// start[r] + sum of keys[.][v] * q[r][.]. Queries are qstride bytes apart.
+template <class Product>
+inline __attribute__((always_inline)) void sum_words(const uint8_t* keys, const int8_t* q, int64_t qstride,
+                                                     int64_t words, const int32_t* start,
+                                                     vi (&acc)[kRows][Product::kWide]) {
+  constexpr int kWords = Product::kWords, kWide = Product::kWide;
+  static_assert(kPanel % (kWide * VL) == 0, "a panel is whole steps");
+  UNROLL for (int r = 0; r < kRows; ++r)
+    UNROLL for (int v = 0; v < kWide; ++v) acc[r][v] = vi{} + start[r];
+  for (int64_t c = 0; c < words; c += kWords, keys += 4 * kPanel * kWords) {
+    vi key[kWide][kWords];
+    UNROLL for (int v = 0; v < kWide; ++v)
+      UNROLL for (int w = 0; w < kWords; ++w) std::memcpy(&key[v][w], keys + 4 * (kPanel * w + VL * v), sizeof(vi));
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      vi query[kWords];
+      UNROLL for (int w = 0; w < kWords; ++w) {
+        int32_t word;
+        std::memcpy(&word, q + r * qstride + 4 * (c + w), 4);
+        query[w] = vi{} + word;
+      }
+      UNROLL for (int v = 0; v < kWide; ++v) acc[r][v] = Product::add(acc[r][v], key[v], query);
+    }
+  }
+}
+
+// (kRows queries) x (one panel): out[r][j] = start[r] + keys[j].q[r]. Sums stay in registers; they go through memory once
+// at the end (kept apart from the scan, or the compiler spills them inside).
 template <class Product>
 __attribute__((noinline)) void dot_tile(const uint8_t* keys, const int8_t* q, int64_t qstride, int64_t words,
                                         const int32_t* start, int32_t* out) {
-  constexpr int kWords = Product::kWords, kWide = Product::kWide;
-  static_assert(kPanel % (kWide * VL) == 0, "a panel is whole steps");
-  for (int j = 0; j < kPanel; j += kWide * VL) {
-    vi acc[kRows][kWide];
+  for (int j = 0; j < kPanel; j += Product::kWide * VL) {
+    vi acc[kRows][Product::kWide];
+    sum_words<Product>(keys + 4 * j, q, qstride, words, start, acc);
     UNROLL for (int r = 0; r < kRows; ++r)
-      UNROLL for (int v = 0; v < kWide; ++v) acc[r][v] = vi{} + start[r];
-    const uint8_t* step = keys + 4 * j;
-    for (int64_t c = 0; c < words; c += kWords, step += 4 * kPanel * kWords) {
-      vi key[kWide][kWords];
-      UNROLL for (int v = 0; v < kWide; ++v)
-        UNROLL for (int w = 0; w < kWords; ++w)
-          std::memcpy(&key[v][w], step + 4 * (kPanel * w + VL * v), sizeof(vi));
-      UNROLL for (int r = 0; r < kRows; ++r) {
-        vi query[kWords];
-        UNROLL for (int w = 0; w < kWords; ++w) {
-          int32_t word;
-          std::memcpy(&word, q + r * qstride + 4 * (c + w), 4);
-          query[w] = vi{} + word;
-        }
-        UNROLL for (int v = 0; v < kWide; ++v) acc[r][v] = Product::add(acc[r][v], key[v], query);
+      UNROLL for (int v = 0; v < Product::kWide; ++v) store(out + r * kPanel + j + VL * v, acc[r][v]);
+  }
+}
+
+// The same, as out[r][j] = squares[j] - 2 (start[r] + keys[j].q[r]); hit[r] gets a bit for every j where that is at most
+// limit[r].
+template <class Product>
+__attribute__((noinline)) void near_tile(const uint8_t* keys, const int8_t* q, int64_t qstride, int64_t words,
+                                         const int32_t* start, const int32_t* squares, const int32_t* limit,
+                                         int32_t* out, uint64_t* hit) {
+  for (int r = 0; r < kRows; ++r) hit[r] = 0;
+  for (int j = 0; j < kPanel; j += Product::kWide * VL) {
+    vi acc[kRows][Product::kWide];
+    sum_words<Product>(keys + 4 * j, q, qstride, words, start, acc);
+    UNROLL for (int r = 0; r < kRows; ++r)
+      UNROLL for (int v = 0; v < Product::kWide; ++v) {
+        const vi score = load(squares + j + VL * v) - 2 * acc[r][v];
+        store(out + r * kPanel + j + VL * v, score);
+        hit[r] |= uint64_t(at_most(score, vi{} + limit[r])) << (j + VL * v);
       }
-    }
-    UNROLL for (int r = 0; r < kRows; ++r)
-      UNROLL for (int v = 0; v < kWide; ++v) store(out + r * kPanel + j + VL * v, acc[r][v]);
   }
 }
 

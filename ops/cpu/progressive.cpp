@@ -133,10 +133,12 @@ struct Scan {
   Side query[2], key[2];        // key[0]: panels as pg_pack leaves them; key[1].data null: one stage
   const double* offset;         // squared distance = offset of the query + factor * cost
   double factor;
+  float widest;                 // slip of any panel
   double* costs;
   int64_t* indices;             // (m, K) running best, in no order; -1 where there is none
   uint8_t* open;                // queries given up
   int64_t most;                 // candidates a query may have before it is given up
+  std::atomic<int64_t> patience;  // queries with too many that are compared with all keys instead
   std::atomic<int64_t> first{0}, second{0}, evaluated{0};
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
@@ -149,7 +151,6 @@ struct Hunt {
   std::vector<Best> best;
   double reach;  // no neighbor is farther
   float base;    // (reach + slip of the query) in units of the first sketch
-  int32_t limit;
 
   void aim(const Scan& s, int64_t i, double worst) {
     const double square = s.offset[i] + s.factor * worst + 1e-12 * (s.offset[i] + std::fabs(s.factor * worst));
@@ -159,29 +160,12 @@ struct Hunt {
   void aim(const Scan& s, int64_t i) {
     if (int64_t(best.size()) == s.K) aim(s, i, best.front().first);
   }
-  // The largest squared distance of sketches that reaches a key of this slip.
-  int32_t bound(float slip) const {
-    const float t = base + slip;
-    return int32_t(std::min(t * t * 1.000001f + 1.0f, float(kFar / 2)));
-  }
 };
 
-// Scores of kRows queries and a panel, squared distances of sketches less the query's own square.
-inline void tile_scores(const Scan& s, int64_t p, int64_t q, const int8_t* packed, const int32_t* start, int32_t* dots) {
-  dot_tile<Small>(reinterpret_cast<const uint8_t*>(s.key[0].data) + p * kPanel * s.width[0], packed + q * s.width[0],
-           s.width[0], s.width[0] / 4, start + q, dots);
-}
-
-// Bits of the places of a panel whose score is at most `limit`; scores replace the products.
-inline uint64_t within(int32_t* dots, const int32_t* squares, int32_t limit) {
-  const vi bar = vi{} + limit;
-  uint64_t hit = 0;
-  UNROLL for (int v = 0; v < kPanel / VL; ++v) {
-    const vi score = load(squares + VL * v) - 2 * load(dots + VL * v);
-    store(dots + VL * v, score);
-    hit |= uint64_t(at_most(score, bar)) << (VL * v);
-  }
-  return hit;
+// The largest squared distance of sketches that reaches a key of this slip, with `base` as of Hunt.
+inline int32_t bound(float base, float slip) {
+  const float t = base + slip;
+  return int32_t(std::min(t * t * 1.000001f + 1.0f, float(kFar / 2)));
 }
 
 // Squared distance of the second sketches of a query and a key.
@@ -189,28 +173,87 @@ int64_t sketch_distance(const Scan& s, int64_t i, int64_t j) {
   return sum_bytes<true>(s.query[1].data + i * s.width[1], s.key[1].data + j * s.width[1], s.width[1]);
 }
 
-// Evaluates the `count` most promising candidates, and drops those that are out of reach then.
+// The largest distance of the `count` smallest of a list, or a little more.
+int32_t about_kth(const std::vector<Candidate>& list, int64_t count) {
+  int32_t low = list[0].distance, high = low;
+  for (const Candidate& c : list) low = std::min(low, c.distance), high = std::max(high, c.distance);
+  for (int64_t below = int64_t(list.size()); low < high && below > count + count / 8;) {
+    const int32_t middle = low + (high - low) / 2;
+    int32_t fewer = 0;
+    for (const Candidate& c : list) fewer += c.distance <= middle;
+    if (fewer >= count) {
+      high = middle;
+      below = fewer;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return high;
+}
+
+// Evaluates about the `count` most promising candidates, and drops those that are out of reach then.
 void tighten(Scan& s, Hunt& h, int64_t i, int64_t count, int64_t& evaluated) {
-  const auto nearer = [](const Candidate& a, const Candidate& b) { return a.distance < b.distance; };
   auto& list = h.list;
-  count = std::min<int64_t>(count, int64_t(list.size()));
-  if (count > 0 && count < int64_t(list.size())) std::nth_element(list.begin(), list.begin() + count, list.end(), nearer);
-  for (int64_t c = 0; c < count; ++c) s.pairs.prefetch(s.index_of(list[c].place));
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t j = s.index_of(list[c].place);
+  if (list.empty()) return;
+  const int32_t cut = about_kth(list, std::min<int64_t>(count, int64_t(list.size())));
+  size_t kept = 0, taken = 0;
+  Candidate first[64];
+  const auto look = [&] {
+    for (size_t c = 0; c < taken; ++c) {
+      const int64_t j = s.index_of(first[c].place);
+      if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
+      offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
+    }
+    evaluated += int64_t(taken);
+    taken = 0;
+  };
+  int64_t left = count;  // of equal ones no more than that: the others keep their place
+  for (const Candidate& c : list) {
+    if (c.distance > cut || left == 0) {
+      list[kept++] = c;
+      continue;
+    }
+    s.pairs.prefetch(s.index_of(c.place));
+    first[taken++] = c, --left;
+    if (taken == 64) look();
+  }
+  look();
+  h.aim(s, i);
+  const int32_t widest = bound(h.base, s.widest);
+  size_t still = 0;
+  for (size_t c = 0; c < kept; ++c) {
+    const Candidate one = list[c];
+    if (one.distance <= widest && one.distance <= bound(h.base, s.key[0].slip[one.place / kPanel])) list[still++] = one;
+  }
+  list.resize(still);
+}
+
+// Takes a query back to where it was before these keys.
+void begin(const Scan& s, Hunt& h, int64_t i) {
+  h.list.clear();
+  h.best.clear();
+  for (int64_t k = 0; k < s.K && s.indices[i * s.K + k] >= 0; ++k)
+    offer(h.best, size_t(s.K), {s.costs[i * s.K + k], s.indices[i * s.K + k]});
+}
+
+// Too many candidates: a few such queries meet all keys here, more of them are left to the caller.
+void give_up(Scan& s, Hunt& h, int64_t i, int64_t& evaluated) {
+  if (s.patience.fetch_sub(1) <= 0) {
+    s.open[i] = 1;
+    return;
+  }
+  begin(s, h, i);
+  for (int64_t j = 0; j < s.n; ++j) {
     if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
     offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
   }
-  evaluated += count;
-  h.aim(s, i);
-  size_t kept = 0;
-  for (size_t c = size_t(count); c < list.size(); ++c)
-    if (list[c].distance <= h.bound(s.key[0].slip[list[c].place / kPanel])) list[kept++] = list[c];
-  list.resize(kept);
+  evaluated += s.n;
 }
 
 struct Scratch {
   std::vector<Hunt> hunts;
+  std::vector<float> base;           // of the hunts; -1: no longer looked for here
+  std::vector<int32_t> own, limit;   // squares of the sketches; what a score may be
   std::vector<std::pair<float, int64_t>> order;
   std::vector<int8_t> packed;
   std::vector<int32_t> start;
@@ -224,12 +267,15 @@ void finish(Scan& s, Hunt& h, int64_t i, Scratch& w, int64_t& second, int64_t& e
   if (s.key[1].data) {
     second += int64_t(h.list.size());
     const double mine = s.query[1].slip[i];
+    for (Candidate& c : h.list) c.place = int32_t(s.index_of(c.place));
+    const int8_t* sketches = s.key[1].data;
     for (size_t c = 0; c < h.list.size(); ++c) {
       if (c + 8 < h.list.size()) {
-        const int8_t* next = s.key[1].data + s.index_of(h.list[c + 8].place) * s.width[1];
-        for (int64_t b = 0; b < s.width[1]; b += 64) __builtin_prefetch(next + b);
+        const int64_t next = h.list[c + 8].place;
+        for (int64_t b = 0; b < s.width[1]; b += 64) __builtin_prefetch(sketches + next * s.width[1] + b);
+        __builtin_prefetch(s.key[1].slip + next);
       }
-      const int64_t j = s.index_of(h.list[c].place);
+      const int64_t j = h.list[c].place;
       const double near = std::sqrt(double(sketch_distance(s, i, j))) * (1 - 1e-12) - mine - double(s.key[1].slip[j]);
       if (near * unit <= h.reach) order.push_back({float(near * (near > 0 ? 1 - 1e-7 : 1 + 1e-7)), j});
     }
@@ -240,10 +286,16 @@ void finish(Scan& s, Hunt& h, int64_t i, Scratch& w, int64_t& second, int64_t& e
       order.push_back({float(near * (near > 0 ? 1 - 1e-7 : 1 + 1e-7)), s.index_of(c.place)});
     }
   }
-  std::sort(order.begin(), order.end());
+  // Sorted a stretch at a time: mostly it ends early.
+  size_t sorted = 0;
   for (size_t c = 0; c < order.size(); ++c) {
+    if (c == sorted) {
+      sorted = std::min(order.size(), std::max<size_t>(2 * sorted, 64));
+      if (sorted < order.size()) std::nth_element(order.begin() + c, order.begin() + sorted, order.end());
+      std::sort(order.begin() + c, order.begin() + sorted);
+    }
     if (double(order[c].first) * unit > h.reach) break;
-    if (c + 2 < order.size()) s.pairs.prefetch(order[c + 2].second);
+    if (c + 3 < sorted) s.pairs.prefetch(order[c + 3].second);
     ++evaluated;
     const int64_t j = order[c].second;
     if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
@@ -255,8 +307,12 @@ void finish(Scan& s, Hunt& h, int64_t i, Scratch& w, int64_t& second, int64_t& e
 void scan_tile(Scan& s, int64_t q0, int64_t q1, Scratch& w) {
   const int64_t count = q1 - q0, padded = (count + kRows - 1) / kRows * kRows, panels = s.panels();
   const int64_t width = s.width[0];
-  alignas(64) int32_t dots[kRows * kPanel];
+  alignas(64) int32_t scores[kRows * kPanel];
+  uint64_t hits[kRows];
   w.hunts.resize(size_t(kTile));
+  w.base.assign(size_t(padded), -1.0f);
+  w.own.assign(size_t(padded), 0);
+  w.limit.assign(size_t(padded), kFar / 2);
   w.packed.assign(size_t(padded * width), 0);
   w.start.assign(size_t(padded), 0);
   std::memcpy(w.packed.data(), s.query[0].data + q0 * width, size_t(count * width));
@@ -265,46 +321,48 @@ void scan_tile(Scan& s, int64_t q0, int64_t q1, Scratch& w) {
   for (int64_t r = 0; r < count; ++r) {
     const int64_t i = q0 + r;
     Hunt& h = w.hunts[r];
-    h.list.clear();
-    h.best.clear();
+    begin(s, h, i);
     h.reach = std::numeric_limits<double>::infinity();
     h.base = INF;
-    for (int64_t k = 0; k < s.K && s.indices[i * s.K + k] >= 0; ++k)
-      offer(h.best, size_t(s.K), {s.costs[i * s.K + k], s.indices[i * s.K + k]});
     h.aim(s, i);
     known = known && (s.open[i] || int64_t(h.best.size()) == s.K);
     int32_t sum = 0;
     for (int64_t c = 0; c < width; ++c) sum += w.packed[r * width + c];
     w.start[r] = -kShift * sum;
+    w.own[r] = s.query[0].square[i];
   }
+  const auto score = [&](int64_t p, int64_t g) {
+    near_tile<Small>(reinterpret_cast<const uint8_t*>(s.key[0].data) + p * kPanel * width, w.packed.data() + g * width,
+                     width, width / 4, w.start.data() + g, s.key[0].square + p * kPanel, w.limit.data() + g, scores,
+                     hits);
+  };
   // Seeds: the best of the first panels, by their sketches, say how far neighbors can be.
   if (!known) {
-    for (int64_t r = 0; r < count; ++r) w.hunts[r].limit = kFar / 2;
-    const auto keep = [&s](Hunt& h) {
+    const auto keep = [&](int64_t r) {
+      Hunt& h = w.hunts[r];
       const auto less = [](const Candidate& a, const Candidate& b) { return a.distance < b.distance; };
       if (int64_t(h.list.size()) <= s.K) return;
       std::nth_element(h.list.begin(), h.list.begin() + (s.K - 1), h.list.end(), less);
       h.list.resize(size_t(s.K));
-      h.limit = h.list.back().distance - 1;
+      w.limit[r] = h.list.back().distance - 1;
     };
     for (int64_t p = 0; p < s.seeds; ++p)
       for (int64_t g = 0; g < count; g += kRows) {
-        tile_scores(s, p, g, w.packed.data(), w.start.data(), dots);
+        score(p, g);
         for (int64_t r = g; r < std::min(count, g + kRows); ++r) {
           Hunt& h = w.hunts[r];
-          int32_t* score = dots + (r - g) * kPanel;
-          uint64_t hit = within(score, s.key[0].square + p * kPanel, h.limit);
-          for (; hit; hit &= hit - 1) {
+          const int32_t* mine = scores + (r - g) * kPanel;
+          for (uint64_t hit = hits[r - g]; hit; hit &= hit - 1) {
             const int j = __builtin_ctzll(hit);
-            if (score[j] > h.limit) continue;
-            h.list.push_back({score[j], int32_t(p * kPanel + j)});
-            if (int64_t(h.list.size()) >= 3 * s.K + 32) keep(h);
+            if (mine[j] > w.limit[r]) continue;
+            h.list.push_back({mine[j], int32_t(p * kPanel + j)});
+            if (int64_t(h.list.size()) >= 3 * s.K + 32) keep(r);
           }
         }
       }
     for (int64_t r = 0; r < count; ++r) {
       Hunt& h = w.hunts[r];
-      keep(h);
+      keep(r);
       if (int64_t(h.best.size()) < s.K && int64_t(h.list.size()) == s.K) {
         double worst = -std::numeric_limits<double>::infinity();
         for (const Candidate& c : h.list) s.pairs.prefetch(s.index_of(c.place));
@@ -315,28 +373,35 @@ void scan_tile(Scan& s, int64_t q0, int64_t q1, Scratch& w) {
       h.list.clear();
     }
   }
+  const auto aimed = [&](int64_t r) { w.base[r] = w.hunts[r].base; };
+  for (int64_t r = 0; r < count; ++r)
+    if (!s.open[q0 + r]) aimed(r);
   const int64_t stops[2] = {panels / 4, panels / 2};
   for (int64_t p = 0; p < panels; ++p) {
     if (p > 0 && (p == stops[0] || p == stops[1]))
       for (int64_t r = 0; r < count; ++r)
-        if (!s.open[q0 + r]) tighten(s, w.hunts[r], q0 + r, s.K, evaluated);
+        if (w.base[r] >= 0) tighten(s, w.hunts[r], q0 + r, s.K, evaluated), aimed(r);
     const float slip = s.key[0].slip[p];
-    const int32_t* squares = s.key[0].square + p * kPanel;
+#pragma omp simd
+    for (int64_t r = 0; r < padded; ++r) w.limit[r] = w.base[r] < 0 ? -kFar : bound(w.base[r], slip) - w.own[r];
     for (int64_t g = 0; g < count; g += kRows) {
-      tile_scores(s, p, g, w.packed.data(), w.start.data(), dots);
+      score(p, g);
       for (int64_t r = g; r < std::min(count, g + kRows); ++r) {
+        uint64_t hit = hits[r - g];
+        if (!hit) continue;
         Hunt& h = w.hunts[r];
-        int32_t* score = dots + (r - g) * kPanel;
-        const int32_t own = s.query[0].square[q0 + r];
-        uint64_t hit = within(score, squares, h.bound(slip) - own);
-        if (!hit || s.open[q0 + r]) continue;
-        for (; hit; hit &= hit - 1) {
+        const int32_t* mine = scores + (r - g) * kPanel;
+        const int32_t own = w.own[r], place = int32_t(p * kPanel);
+        size_t at = h.list.size();
+        h.list.resize(at + size_t(__builtin_popcountll(hit)));
+        for (Candidate* to = h.list.data() + at; hit; hit &= hit - 1) {
           const int j = __builtin_ctzll(hit);
-          h.list.push_back({score[j] + own, int32_t(p * kPanel + j)});
+          *to++ = {mine[j] + own, place + j};
         }
         if (int64_t(h.list.size()) > s.most) {
           tighten(s, h, q0 + r, s.K, evaluated);
-          if (2 * int64_t(h.list.size()) > s.most) s.open[q0 + r] = 1;
+          aimed(r);
+          if (2 * int64_t(h.list.size()) > s.most) give_up(s, h, q0 + r, evaluated), w.base[r] = -1.0f;
         }
       }
     }
@@ -454,7 +519,7 @@ int pg_pack(const int8_t* data, const int32_t* square, const float* slip, int64_
 // Counts n keys in the best K of m queries. sketches: addresses of (query data, squares, slips, key data, squares,
 // slips) of the first stage and of the second, whose key data may be null; keys of the first as pg_pack leaves them, of
 // the second in order. sizes: m, n, d, K, base index, step, widths (2), seed panels,
-// most candidates. numbers: units (2), factor. norms: of the queries. costs, indices (m, K): the running best, -1 where
+// most candidates, queries beyond that which may be compared with all keys. numbers: units (2), factor. norms: of the queries. costs, indices (m, K): the running best, -1 where
 // there is none; open (m): set where a query has too many candidates, its best is then void. counts (3): what was left
 // by the first stage, seen by the second, evaluated.
 int pg_scan(const void* queries, const void* keys, int type, int metric, const int64_t* sketches, const int64_t* sizes,
@@ -466,12 +531,14 @@ int pg_scan(const void* queries, const void* keys, int type, int metric, const i
   s.width[0] = sizes[6], s.width[1] = sizes[7];
   s.seeds = std::min(sizes[8], s.panels());
   s.most = sizes[9];
+  s.patience = sizes[10];
   s.unit[0] = numbers[0], s.unit[1] = numbers[1], s.factor = numbers[2];
   for (int stage = 0; stage < 2; ++stage) {
     const int64_t* at = sketches + 6 * stage;
     s.query[stage] = {(const int8_t*)at[0], (const int32_t*)at[1], (const float*)at[2]};
     s.key[stage] = {(const int8_t*)at[3], (const int32_t*)at[4], (const float*)at[5]};
   }
+  s.widest = *std::max_element(s.key[0].slip, s.key[0].slip + s.panels());
   s.offset = offset;
   s.costs = costs, s.indices = indices, s.open = open;
   const int64_t tile = std::max<int64_t>(kRows, std::min<int64_t>(kTile, (s.m + 2 * threads - 1) / (2 * threads)));

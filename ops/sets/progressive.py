@@ -20,8 +20,8 @@ Hadamard transform before rounding evens out the coordinates, so that one scale 
    All keys whose bound equals the K-th cost are evaluated, so that ties go to the lower index.
 
 Keys lie in an order that strides through the set: the first ones are a fair sample even of keys
-sorted by class. A query with very many candidates (one that ties with all keys) is left to the
-caller.
+sorted by class. A query with very many candidates (one that ties with all keys) is compared with
+every key; where there are more than a few of them, they are left to the caller.
 
 **Cosine and dot products** are distances, too. On unit vectors |u - v|² = 2 - 2 cos. For dot
 products keys get one more coordinate √(R² - |y|²), R the largest norm of a key, and queries a 0
@@ -79,6 +79,7 @@ _FIRST_WIDTH = 64
 _SAMPLE = 512  # rows of a sample that choose a scale
 _ROUND = 2.0**-24
 _MOST_CANDIDATES = 16384
+_PATIENCE = 16  # rows of all keys prepared for whole products cost about as much
 _PROBES = 64
 
 
@@ -350,8 +351,17 @@ class ProgressiveQueries:
         self.open = torch.zeros(m, dtype=torch.uint8)
         self.counts = torch.zeros(3, dtype=torch.int64)
 
-    def scan(self, keys: ProgressiveKeys, rows: Tensor, start: int) -> None:
-        """Compare with a stretch of keys; rows: themselves, the first of them number `start`."""
+    def scan(
+        self, keys: ProgressiveKeys, rows: Tensor, start: int, patience: int = _PATIENCE
+    ) -> None:
+        """Compare with a stretch of keys.
+
+        Args:
+            keys: Their sketches.
+            rows: Themselves.
+            start: The number of the first of them.
+            patience: How many queries with too many candidates may be compared with every key.
+        """
         m, d = self.rows.shape
         n, stages = keys.count, self.rotation.stages
         addresses = []
@@ -364,6 +374,7 @@ class ProgressiveQueries:
         widths = [stage.width for stage in stages] + [0] * (2 - len(stages))
         units = [stage.unit for stage in stages] + [1.0] * (2 - len(stages))
         sizes = (m, n, d, self.K, start, keys.step, *widths, seeds, _most(n, self.K))
+        sizes += (patience,)
         build.kernel("pg_scan")(
             *(self.rows, rows, TYPE_CODES[rows.dtype], METRICS.index(self.rotation.metric)),
             *(torch.tensor(addresses), torch.tensor(sizes)),
@@ -392,7 +403,7 @@ def prunes(rotation: Rotation, keys: Keys, queries: Tensor, K: int) -> bool:
     some = queries[:: max(1, len(queries) // _PROBES)][:_PROBES].contiguous()
     near = max(1, -(-K * len(rows) // len(keys.data)))
     hunt = ProgressiveQueries(rotation, some, near)
-    hunt.scan(ProgressiveKeys(rotation, rows), rows, 0)
+    hunt.scan(ProgressiveKeys(rotation, rows), rows, 0, patience=0)
     if hunt.open.double().mean() > 0.05:
         return False
     left, seen, evaluated = (hunt.counts.double() / (len(some) * len(rows))).tolist()

@@ -159,10 +159,13 @@ def test_chunks_that_are_not_kept_mapped_files_and_sorted_keys(tmp_path, metric,
         assert torch.equal(again[1], found[1])
 
 
-def test_a_query_that_ties_with_every_key_is_left_to_whole_rows(always, monkeypatch):
+@pytest.mark.parametrize("many", [1, 40])
+def test_a_few_queries_that_tie_with_every_key_meet_all_and_more_are_left(
+    many, always, monkeypatch
+):
     generator = torch.Generator().manual_seed(4)
-    keys, queries = (draw("smooth", n, 150, generator) for n in (3000, 20))
-    queries[7] = 0
+    keys, queries = (draw("smooth", n, 150, generator) for n in (3000, 60))
+    queries[7 : 7 + many] = 0
     asked = []
     everything = ExactIndex._search_everything
     monkeypatch.setattr(
@@ -171,8 +174,11 @@ def test_a_query_that_ties_with_every_key_is_left_to_whole_rows(always, monkeypa
         lambda self, rows, *rest: asked.append(rows) or everything(self, rows, *rest),
     )
     _, indices = check(ExactIndex(keys, "cosine"), queries, keys, 4, "cosine")
-    assert indices[7].tolist() == [0, 1, 2, 3]
-    assert [len(rows) for rows in asked] == [1]
+    assert indices[7 : 7 + many].tolist() == [[0, 1, 2, 3]] * many
+    patience = progressive._PATIENCE
+    assert [len(rows) for rows in asked] == ([many - patience] if many > patience else [])
+    chunks = ExactIndex(keys, "cosine", max_bytes=1 << 18)  # several stretches of keys
+    assert torch.equal(chunks.search(queries, 4)[1], indices)
 
 
 @pytest.mark.parametrize("metric", METRICS)
