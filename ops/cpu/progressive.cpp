@@ -118,6 +118,8 @@ struct Sketch {
 
 struct Candidate {
   int32_t distance, place;  // squared, of the first sketches
+  Candidate() {}            // unset: a list that grows is written at once
+  Candidate(int32_t distance, int32_t place) : distance(distance), place(place) {}
 };
 
 struct Side {  // sketches of some rows
@@ -133,7 +135,6 @@ struct Scan {
   Side query[2], key[2];        // key[0]: panels as pg_pack leaves them; key[1].data null: one stage
   const double* offset;         // squared distance = offset of the query + factor * cost
   double factor;
-  float widest;                 // slip of any panel
   double* costs;
   int64_t* indices;             // (m, K) running best, in no order; -1 where there is none
   uint8_t* open;                // queries given up
@@ -152,10 +153,14 @@ struct Hunt {
   double reach;  // no neighbor is farther
   float base;    // (reach + slip of the query) in units of the first sketch
 
+  // (reach + slip of query i) in units of a stage.
+  float span(const Scan& s, int64_t i, int stage) const {
+    return round_up((reach / s.unit[stage] + double(s.query[stage].slip[i])) * (1 + 1e-7));
+  }
   void aim(const Scan& s, int64_t i, double worst) {
     const double square = s.offset[i] + s.factor * worst + 1e-12 * (s.offset[i] + std::fabs(s.factor * worst));
     reach = std::min(reach, std::sqrt(std::max(0.0, square)) * (1 + 1e-7));
-    base = round_up((reach / s.unit[0] + double(s.query[0].slip[i])) * (1 + 1e-7));
+    base = span(s, i, 0);
   }
   void aim(const Scan& s, int64_t i) {
     if (int64_t(best.size()) == s.K) aim(s, i, best.front().first);
@@ -219,11 +224,11 @@ void tighten(Scan& s, Hunt& h, int64_t i, int64_t count, int64_t& evaluated) {
   }
   look();
   h.aim(s, i);
-  const int32_t widest = bound(h.base, s.widest);
   size_t still = 0;
-  for (size_t c = 0; c < kept; ++c) {
+  for (size_t c = 0; c < kept; ++c) {  // without a branch: one would be mispredicted
     const Candidate one = list[c];
-    if (one.distance <= widest && one.distance <= bound(h.base, s.key[0].slip[one.place / kPanel])) list[still++] = one;
+    list[still] = one;
+    still += one.distance <= bound(h.base, s.key[0].slip[uint32_t(one.place) / kPanel]);
   }
   list.resize(still);
 }
@@ -269,6 +274,7 @@ void finish(Scan& s, Hunt& h, int64_t i, Scratch& w, int64_t& second, int64_t& e
     const double mine = s.query[1].slip[i];
     for (Candidate& c : h.list) c.place = int32_t(s.index_of(c.place));
     const int8_t* sketches = s.key[1].data;
+    const float base = h.span(s, i, 1);
     for (size_t c = 0; c < h.list.size(); ++c) {
       if (c + 8 < h.list.size()) {
         const int64_t next = h.list[c + 8].place;
@@ -276,8 +282,10 @@ void finish(Scan& s, Hunt& h, int64_t i, Scratch& w, int64_t& second, int64_t& e
         __builtin_prefetch(s.key[1].slip + next);
       }
       const int64_t j = h.list[c].place;
-      const double near = std::sqrt(double(sketch_distance(s, i, j))) * (1 - 1e-12) - mine - double(s.key[1].slip[j]);
-      if (near * unit <= h.reach) order.push_back({float(near * (near > 0 ? 1 - 1e-7 : 1 + 1e-7)), j});
+      const int64_t distance = sketch_distance(s, i, j);
+      if (distance > bound(base, s.key[1].slip[j])) continue;
+      const double near = std::sqrt(double(distance)) * (1 - 1e-12) - mine - double(s.key[1].slip[j]);
+      order.push_back({float(near * (near > 0 ? 1 - 1e-7 : 1 + 1e-7)), j});
     }
   } else {
     const double mine = s.query[0].slip[i];
@@ -538,7 +546,6 @@ int pg_scan(const void* queries, const void* keys, int type, int metric, const i
     s.query[stage] = {(const int8_t*)at[0], (const int32_t*)at[1], (const float*)at[2]};
     s.key[stage] = {(const int8_t*)at[3], (const int32_t*)at[4], (const float*)at[5]};
   }
-  s.widest = *std::max_element(s.key[0].slip, s.key[0].slip + s.panels());
   s.offset = offset;
   s.costs = costs, s.indices = indices, s.open = open;
   const int64_t tile = std::max<int64_t>(kRows, std::min<int64_t>(kTile, (s.m + 2 * threads - 1) / (2 * threads)));
