@@ -14,8 +14,10 @@ decided in float64:
   other key can be among the best K. Rows are centered first: distances do not change, dot
   products change by terms known exactly enough, and the bound shrinks.
 
-Low precision is 8 bits where the processor multiplies 8-bit integers fast (x86 with AVX-512 VNNI,
-compiled; or ``torch._int_mm`` where it measures faster), else float32.
+Low precision is 8 bits where the processor multiplies 8-bit integers fast (x86 with AVX-512 VNNI
+or AVX-VNNI, compiled; or ``torch._int_mm`` where it measures faster), else float32. Data whose
+features hang together need no such product at all: :mod:`ops.sets.progressive` compares short 8-bit
+sketches first, on any x86 with AVX2, compiled.
 
 Symbols: M queries, N keys, D features, K neighbors. The cost of a pair is its squared distance or
 minus its similarity: smaller is better.
@@ -47,8 +49,10 @@ __all__ = ["DEFAULT_MAX_BYTES", "PRECISIONS", "ExactIndex", "exact_search"]
 PRECISIONS = ("auto", "float32")
 DEFAULT_MAX_BYTES = 1 << 26
 # From where on fitting a rotation pays, in a search or in several of the same keys.
-# Of more neighbors the candidates are so many that whole products measured faster.
-MIN_KEYS, MIN_QUERIES, MIN_FEATURES, MAX_NEIGHBORS = 8192, 2048, 128, 32
+MIN_KEYS, MIN_QUERIES, MIN_FEATURES = 8192, 2048, 128
+# Of more neighbors the candidates are so many that whole products measured faster, in 8 bits or
+# (with AVX2 alone) in float32.
+MAX_NEIGHBORS, MAX_NEIGHBORS_FLOAT32 = 32, 128
 
 
 class ExactIndex:
@@ -180,11 +184,12 @@ class ExactIndex:
     def _rotation(self, queries: Tensor, keys: Keys, K: int) -> Rotation | None:
         """Return the rotation of the progressive search, or None where it does not pay."""
         n, d = keys.data.shape
-        large = n >= MIN_KEYS and MIN_FEATURES <= d <= 8192 and K <= MAX_NEIGHBORS
+        most_neighbors = MAX_NEIGHBORS if eight_bits() else MAX_NEIGHBORS_FLOAT32
+        large = n >= MIN_KEYS and MIN_FEATURES <= d <= 8192 and most_neighbors >= K
         if self.precision != "auto" or queries.device.type != "cpu" or not large:
             return None
         kept = keys.dtype in self._sketched
-        if not (kept or self._asked >= MIN_QUERIES) or not short_sketches():
+        if not (kept or self._asked >= MIN_QUERIES) or not progressive.supported():
             return None
         if keys.dtype not in self._rotations:
             self._rotations[keys.dtype] = self._fit(keys)
@@ -194,7 +199,9 @@ class ExactIndex:
         ):
             return None
         if (keys.dtype, K) not in self._prunes:
-            self._prunes[keys.dtype, K] = progressive.prunes(rotation, keys, queries, K)
+            self._prunes[keys.dtype, K] = progressive.prunes(
+                rotation, keys, queries, K, eight_bits()
+            )
         return rotation if self._prunes[keys.dtype, K] else None
 
     def _fit(self, keys: Keys) -> Rotation | None:
@@ -333,14 +340,8 @@ class ExactIndex:
 
 
 def eight_bits() -> bool:
-    """Whether compiled 8-bit products of whole rows are the fastest here: AVX-512 VNNI, AVX-VNNI."""
+    """Whether compiled 8-bit products of whole rows are fast here: AVX-512 VNNI, AVX-VNNI."""
     supported = build.kernel("es_supported")
-    return supported is not None and bool(supported())
-
-
-def short_sketches() -> bool:
-    """Whether compiled 8-bit products of sketches are fast here: any x86 with AVX2."""
-    supported = build.kernel("pg_supported")
     return supported is not None and bool(supported())
 
 

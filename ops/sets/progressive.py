@@ -71,6 +71,7 @@ __all__ = [
     "fit_rotation",
     "hangs_together",
     "prunes",
+    "supported",
 ]
 
 _BLOCK = 128  # features summed at once in a rotation, see γ above
@@ -161,8 +162,10 @@ class Rotation:
             extra = self._extra(before, after, keys)
             for stage, (data, squares, slips) in zip(stages, made, strict=True):
                 numbers = torch.tensor(
-                    [stage.axes, stage.width, stage.unit, stage.lost, stage.least]
-                    + [*stage.centers, stage.most],
+                    [
+                        *(stage.axes, stage.width, stage.unit, stage.lost, stage.least),
+                        *(*stage.centers, stage.most),
+                    ],
                     dtype=torch.float64,
                 )
                 write(
@@ -183,6 +186,12 @@ class Rotation:
         elif keys:
             return (self.longest**2 - before).clamp_(min=0).sqrt_().float()
         return torch.zeros(len(before))
+
+
+def supported() -> bool:
+    """Whether sketches are compared by compiled code made for this processor: x86 with AVX2."""
+    found = build.kernel("pg_supported")
+    return found is not None and bool(found())
 
 
 def _in_panels(axes: Tensor) -> Tensor:
@@ -394,10 +403,12 @@ def _most(n: int, K: int) -> int:
     return max(64 * K, min(n // 4, _MOST_CANDIDATES), 256)
 
 
-def prunes(rotation: Rotation, keys: Keys, queries: Tensor, K: int) -> bool:
+def prunes(rotation: Rotation, keys: Keys, queries: Tensor, K: int, eight_bits: bool) -> bool:
     """Try some queries on a sample of the keys: whether sketches leave few enough of them.
 
-    Work is counted in 8-bit multiplications; the weights are those of one processor with VNNI.
+    Work is counted in 8-bit multiplications of one processor with VNNI. With AVX2 alone those of
+    sketches take twice as long, but whole rows are float32 products then (``eight_bits`` False),
+    which take 3.5 times as long: measured on one processor each.
     """
     rows = keys.sample()[::2].contiguous()
     some = queries[:: max(1, len(queries) // _PROBES)][:_PROBES].contiguous()
@@ -411,5 +422,5 @@ def prunes(rotation: Rotation, keys: Keys, queries: Tensor, K: int) -> bool:
     evaluated += 4 * (K / len(keys.data) - near / len(rows))
     d = rows.shape[1]
     each = 3000 + 20 * rows.element_size() * d
-    work = _FIRST_WIDTH + 40 + 600 * left + 2500 * seen + each * max(0.0, evaluated)
-    return work < 0.7 * d
+    first, whole = (_FIRST_WIDTH + 40, 0.7 * d) if eight_bits else (2 * _FIRST_WIDTH + 60, 2.5 * d)
+    return first + 600 * left + 2500 * seen + each * max(0.0, evaluated) < whole

@@ -13,7 +13,7 @@ from ops.sets.index import ExactIndex
 from ops.sets.keys import Keys
 
 pytestmark = pytest.mark.skipif(
-    not module.short_sketches(), reason="no compiler, or no processor with AVX2"
+    not progressive.supported(), reason="no compiler, or no processor with AVX2"
 )
 KINDS = (
     "smooth",
