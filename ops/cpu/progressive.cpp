@@ -196,6 +196,13 @@ int32_t about_kth(const std::vector<Candidate>& list, int64_t count) {
   return high;
 }
 
+// Evaluates key j for query i; false if it cannot be among the K best.
+inline bool evaluate(const Scan& s, Hunt& h, int64_t i, int64_t j) {
+  if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) return false;
+  offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
+  return true;
+}
+
 // Evaluates about the `count` most promising candidates, and drops those that are out of reach then.
 void tighten(Scan& s, Hunt& h, int64_t i, int64_t count, int64_t& evaluated) {
   auto& list = h.list;
@@ -204,11 +211,7 @@ void tighten(Scan& s, Hunt& h, int64_t i, int64_t count, int64_t& evaluated) {
   size_t kept = 0, taken = 0;
   Candidate first[64];
   const auto look = [&] {
-    for (size_t c = 0; c < taken; ++c) {
-      const int64_t j = s.index_of(first[c].place);
-      if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
-      offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
-    }
+    for (size_t c = 0; c < taken; ++c) evaluate(s, h, i, s.index_of(first[c].place));
     evaluated += int64_t(taken);
     taken = 0;
   };
@@ -248,10 +251,7 @@ void give_up(Scan& s, Hunt& h, int64_t i, int64_t& evaluated) {
     return;
   }
   begin(s, h, i);
-  for (int64_t j = 0; j < s.n; ++j) {
-    if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
-    offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
-  }
+  for (int64_t j = 0; j < s.n; ++j) evaluate(s, h, i, j);
   evaluated += s.n;
 }
 
@@ -305,10 +305,7 @@ void finish(Scan& s, Hunt& h, int64_t i, Scratch& w, int64_t& second, int64_t& e
     if (double(order[c].first) * unit > h.reach) break;
     if (c + 3 < sorted) s.pairs.prefetch(order[c + 3].second);
     ++evaluated;
-    const int64_t j = order[c].second;
-    if (int64_t(h.best.size()) == s.K && s.pairs.beyond(i, j, h.best.front().first)) continue;
-    offer(h.best, size_t(s.K), {s.pairs.cost(i, j), s.base + j});
-    h.aim(s, i);
+    if (evaluate(s, h, i, order[c].second)) h.aim(s, i);
   }
 }
 
@@ -526,10 +523,10 @@ int pg_pack(const int8_t* data, const int32_t* square, const float* slip, int64_
 
 // Counts n keys in the best K of m queries. sketches: addresses of (query data, squares, slips, key data, squares,
 // slips) of the first stage and of the second, whose key data may be null; keys of the first as pg_pack leaves them, of
-// the second in order. sizes: m, n, d, K, base index, step, widths (2), seed panels,
-// most candidates, queries beyond that which may be compared with all keys. numbers: units (2), factor. norms: of the queries. costs, indices (m, K): the running best, -1 where
-// there is none; open (m): set where a query has too many candidates, its best is then void. counts (3): what was left
-// by the first stage, seen by the second, evaluated.
+// the second in order. sizes: m, n, d, K, base index, step, widths (2), seed panels, most candidates, queries beyond
+// that which may be compared with all keys. numbers: units (2), factor. norms: of the queries. costs, indices (m, K):
+// the running best, -1 where there is none; open (m): set where a query has too many candidates, its best is then void.
+// counts (3): what was left by the first stage, seen by the second, evaluated.
 int pg_scan(const void* queries, const void* keys, int type, int metric, const int64_t* sketches, const int64_t* sizes,
             const double* numbers, const double* norms, const double* offset, double* costs, int64_t* indices,
             uint8_t* open, int64_t* counts, int threads) {

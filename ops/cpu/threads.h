@@ -17,7 +17,7 @@
 extern "C" int kernels_abi() { return 7; }
 
 // What an entry point returns; build.py turns these into errors.
-enum Code { DONE = 0, NO_MEMORY = 1, BAD_INDEX = 2, OUT_OF_RANGE = 3, NOT_SUPPORTED = 4 };
+enum Code { DONE = 0, NO_MEMORY = 1, BAD_INDEX = 2, OUT_OF_RANGE = 3 };
 
 typedef void (*gomp_parallel_t)(void (*)(void*), void*, unsigned, unsigned);
 
