@@ -32,6 +32,7 @@ METHODS = ("ours", "ours float32", "ours built", "faiss", "faiss built")
 METHODS += ("scikit-learn", "scikit-learn-intelex", "USearch", "torch cdist")
 PIXELS = {"pixels": "FashionMNIST"}  # kinds of data, and the data set whose images they are
 PIXELS |= dict.fromkeys(("mnist", "mnist float32", "mnist sorted"), "MNIST")
+PIXELS |= {"cifar gray": "CIFAR10"}
 FIELDS = ("data", "keys", "queries", "dim", "k", "threads", "method", "seconds", "extra_mib")
 FIELDS += ("cpu_seconds", "agreement", "worst_excess", "ratio", "note")
 
@@ -191,9 +192,15 @@ def make_case(folder, kind, n, m, d, seed, data_path):
 
         dataset = getattr(datasets, PIXELS[kind])
         train, test = (dataset(data_path, train=part, download=True) for part in (True, False))
-        keys, queries = train.data[:n].flatten(1).numpy(), test.data[:m].flatten(1).numpy()
+        keys, queries = np.asarray(train.data[:n]), np.asarray(test.data[:m])
+        if keys.ndim == 4:  # colors: luma, as PIL converts to gray
+            keys, queries = (
+                (rows @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(np.uint8)
+                for rows in (keys, queries)
+            )
+        keys, queries = keys.reshape(len(keys), -1), queries.reshape(len(queries), -1)
         if "sorted" in kind:
-            keys = keys[np.argsort(train.targets[:n].numpy(), kind="stable")]
+            keys = keys[np.argsort(np.asarray(train.targets[:n]), kind="stable")]
         if "float32" in kind:
             keys, queries = (rows.astype(np.float32) for rows in (keys, queries))
         np.save(folder / "keys.npy", keys)
@@ -400,7 +407,7 @@ def main():
     add("--repeat", type=int, default=1, help="searches timed; the best counts")
     add("--sample", type=int, default=100, help="queries checked against a float64 search")
     add("--max_gflop", type=float, default=2000, help="leave scikit-learn out beyond this")
-    add("--data_path", default=str(ROOT / "Data"), help="folder of Fashion-MNIST")
+    add("--data_path", default=str(ROOT / "Data"), help="folder of the image data sets")
     add("--scratch", default=None, help="folder for the file of the mapped suite")
     add("--mapped_keys", type=int, default=10_000_000, help="keys of the mapped suite")
     add("--output", default=None, help="CSV to append to, or the picture of --plot")

@@ -168,17 +168,26 @@ __attribute__((noinline)) void near_tile(const uint8_t* keys, const int8_t* q, i
   }
 }
 
+#if ES_AVX2
+// 2 VL bytes as numbers of 16 bits (compilers take such a conversion apart into halves).
+typedef int16_t vs __attribute__((vector_size(VL * 4)));
+#if defined(__AVX512F__)
+inline vs widen(const uint8_t* p) { return (vs)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i_u*)p)); }
+inline vs widen(const int8_t* p) { return (vs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i_u*)p)); }
+#else
+inline vs widen(const uint8_t* p) { return (vs)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i_u*)p)); }
+inline vs widen(const int8_t* p) { return (vs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i_u*)p)); }
+#endif
+#endif
+
 // The sum of squared differences, or of products, of two rows of bytes of the same type.
 template <bool kDifference, class T>
 inline int64_t sum_bytes(const T* x, const T* y, int64_t d) {
   int64_t sum = 0;
   int64_t c = 0;
 #if ES_AVX2
-  typedef int16_t vs __attribute__((vector_size(VL * 4)));
-  typedef T vt __attribute__((vector_size(VL * 2), aligned(1), may_alias));
   const auto add = [x, y](vi s, int64_t at) {
-    const vs a = __builtin_convertvector(*reinterpret_cast<const vt*>(x + at), vs);
-    const vs b = __builtin_convertvector(*reinterpret_cast<const vt*>(y + at), vs);
+    const vs a = widen(x + at), b = widen(y + at);
     const vs t = kDifference ? a - b : a, u = kDifference ? t : b;
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpwssd_epi32((__m512i)s, (__m512i)t, (__m512i)u);
