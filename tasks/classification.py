@@ -33,7 +33,8 @@ class NeighborReport:
     """What K-nearest-neighbor classification found, for several K from one search.
 
     Attributes:
-        metrics: For every K: ``top1`` and ``top5`` in %; a class without a vote is in no top five.
+        metrics: For every K: ``top1`` in % and, of more than five classes, ``top5``; a class
+            without a vote is in no top five.
         predictions: For every K the classes (M,).
         labels: (M,) true classes.
         indices: (M, largest K) neighbors.
@@ -79,17 +80,15 @@ def evaluate_neighbors(
             _, scores = model.votes(*found, K)
             best = scores.topk(min(5, scores.shape[1]), dim=1)
             right = (best.indices == targets[:, None]) & best.values.isfinite()
-            hits[K].append(torch.stack([right[:, 0], right.any(1)], 1).cpu())
+            counted = 1 if scores.shape[1] <= 5 else 2
+            hits[K].append(torch.stack([right[:, 0], right.any(1)], 1)[:, :counted].cpu())
             classes[K].append(best.indices[:, 0].cpu())
         seconds += time.perf_counter() - start
         labels.append(targets.cpu())
         indices.append(found[1].cpu())
-    metrics = {}
-    for K, parts in hits.items():
-        top1, top5 = (100 * torch.cat(parts).double().mean(0)).tolist()
-        metrics[K] = {"top1": top1, "top5": top5}
+    shares = {K: (100 * torch.cat(parts).double().mean(0)).tolist() for K, parts in hits.items()}
     return NeighborReport(
-        metrics,
+        {K: dict(zip(("top1", "top5"), share, strict=False)) for K, share in shares.items()},
         {K: torch.cat(parts) for K, parts in classes.items()},
         torch.cat(labels),
         torch.cat(indices),
@@ -186,22 +185,26 @@ class ClassificationTask(Task):
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return 100 where the class is the best, or among the best five, and 0 elsewhere.
 
-        The class of a mixed sample is the one with the largest share.
+        The best five are left out where there are no more classes. The class of a mixed sample is
+        the one with the largest share.
         """
         targets = targets.argmax(1) if targets.ndim == 2 else targets
         best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
         hits = (best == targets[:, None]).float() * 100
-        return {"top1": hits[:, 0], "top5": hits.sum(1)}
+        top1 = {"top1": hits[:, 0]}
+        return top1 if outputs.shape[1] <= 5 else {**top1, "top5": hits.sum(1)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """Word averaged metrics for the results file."""
         loss = f"Loss: {metrics['loss']:.8f} " if "loss" in metrics else ""
-        return f"{loss}Accuracy: Top1: {metrics['top1']:.4f}%, Top5: {metrics['top5']:.4f}%"
+        top5 = f", Top5: {metrics['top5']:.4f}%" if "top5" in metrics else ""
+        return f"{loss}Accuracy: Top1: {metrics['top1']:.4f}%{top5}"
 
     def brief(self, metrics: Mapping[str, float]) -> str:
         """Word averaged metrics for the line of an epoch; all digits are in metrics.csv."""
         loss = f"Loss: {metrics['loss']:.4f} " if "loss" in metrics else ""
-        return f"{loss}Top1: {metrics['top1']:.2f}% Top5: {metrics['top5']:.2f}%"
+        top5 = f" Top5: {metrics['top5']:.2f}%" if "top5" in metrics else ""
+        return f"{loss}Top1: {metrics['top1']:.2f}%{top5}"
 
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate

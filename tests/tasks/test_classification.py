@@ -16,9 +16,18 @@ def test_metrics_by_hand():
     assert task.metrics(scores, torch.tensor([0, 5]))["top5"].tolist() == [100, 0]
 
 
-def test_fewer_than_five_classes():
-    metrics = ClassificationTask().metrics(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
-    assert (metrics["top1"].item(), metrics["top5"].item()) == (0, 100)
+def test_five_classes_have_no_top_five():
+    task = ClassificationTask()
+    metrics = task.metrics(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), torch.tensor([0]))
+    assert {name: value.item() for name, value in metrics.items()} == {"top1": 0}
+    assert task.line({"top1": 0.0}) == "Accuracy: Top1: 0.0000%"
+    assert task.brief({"loss": 1.0, "top1": 0.0}) == "Loss: 1.0000 Top1: 0.00%"
+    model = KNNClassifier(K=1, metric="euclidean")
+    model.fit(torch.tensor([[0.0], [1.0]]), torch.tensor([0, 4]), num_classes=5)
+    report = evaluate_neighbors(
+        model, [(torch.tensor([[0.1]]), torch.tensor([0]))], device=torch.device("cpu")
+    )
+    assert report.metrics == {1: {"top1": 100.0}}
 
 
 def test_losses():
