@@ -681,7 +681,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("studies", nargs="*", metavar="STUDY", help="which; see --list")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
     parser.add_argument("--seeds", type=int, help="seeds 0 … N-1 instead of the study's own number")
-    parser.add_argument("--only", action="append", metavar="SETTING", help="run these rows alone")
+    parser.add_argument(
+        "--only", action="extend", nargs="+", metavar="SETTING", help="run these rows alone"
+    )
     parser.add_argument("--minutes", type=float, help="begin no further run after so many")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     parser.add_argument("--cost", action="store_true", help="run nothing, time a step of each row")
