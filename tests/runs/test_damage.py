@@ -314,7 +314,7 @@ def test_a_new_run_falls_back_on_nothing_old(stopped):
 
 
 def test_damaged_files_and_disks():
-    words = [sys.executable, "scripts/damage_runs.py", "--count", "1", "--stride", "120"]
+    words = [sys.executable, "scripts/damage_runs.py", "--count", "1", "--stride", "400"]
     done = subprocess.run(
         words,
         cwd=ROOT,

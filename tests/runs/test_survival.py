@@ -450,7 +450,7 @@ def test_growth_resumes_to_complete_files(tmp_path, monkeypatch):
 
 
 def test_interrupted_runs_leave_the_files_of_an_unbroken_one():
-    words = [sys.executable, "scripts/kill_runs.py", "--moments", "0", "--stride", "200"]
+    words = [sys.executable, "scripts/kill_runs.py", "--moments", "0", "--stride", "600"]
     done = subprocess.run(
         words,
         cwd=ROOT,
