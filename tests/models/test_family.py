@@ -49,7 +49,7 @@ SHORT_UNET = ["--model", "unet", "--dataset", "denoise", "--train_dir", ".", "--
 SHORT_UNET += ["--channels", "4", "--num_levels", "1", "--crop_size", "16"]
 SHORT_UNET += ["--crops_per_image", "64"]
 SHORT_DENSE = ["--model", "densenet121", "--dataset", "digits", "--width", "0.05"]
-SHORT_DENSE += ["--limit_train", "160", "--limit_test", "20"]
+SHORT_DENSE += ["--limit_train", "96", "--limit_test", "20"]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
