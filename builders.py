@@ -5,6 +5,7 @@ Only this file and `main.py` know all tables. Plain keywords are handed to const
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from dataset import Data, DataError, DataOptions, full_dataset, image_side
 from layers import LAYER_KINDS
 from models import MODELS, PRESETS, model_class
 from ops.flops import register_flop_formulas
-from ops.shapes import rehearse
+from ops.shapes import rehearse, without_values
 from options import Option, Options, check_stored, merge_options, option
 from ranks import world_size
 from tasks import DATASETS, TASKS, DatasetEntry, Needs, Task
@@ -560,7 +561,7 @@ def rehearse_run(values: Mapping[str, Any], choice: Choice, data: Data | None = 
         sizes.pop("image_size", None)
     try:
         # Models that learn otherwise begin empty: there is nothing to save by the meta device.
-        with torch.device("meta" if choice.trainer_type.rehearses else "cpu"):
+        with without_values() if choice.trainer_type.rehearses else nullcontext():
             model = build_model(values, choice, sizes)
     except ValueError as error:
         raise ValueError(f"--model {choice.model}: {error}") from error

@@ -1,17 +1,22 @@
-"""Running a network by shapes alone, in no time.
+"""Building and running a network by shapes alone, in no time.
 
 PyTorch's own kernels for the meta device do the same, but loading them takes as long as importing
 torch: too long for refusing a command line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["rehearse"]
+__all__ = ["rehearse", "without_values"]
+
+# What sets values in place and keeps the shape.
+INITIALIZERS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_"}
+INITIALIZERS |= {"abs_", "clamp_", "mul_"}
 
 
 class _ShapesOnly(TorchFunctionMode):
@@ -86,11 +91,30 @@ _SHAPE_RULES: dict[str, Callable[..., tuple[int, ...]]] = {
 }
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leave tensors of the meta device, which have no values, as they are."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in INITIALIZERS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Within it, networks are built on the meta device: shapes alone."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
 def rehearse(model: nn.Module, shape: Sequence[int]) -> None:
     """Run a network on the meta device, by shapes alone: what cannot work fails here, for free.
 
     Args:
-        model: The network, built under ``torch.device("meta")``.
+        model: The network, built under :func:`without_values`.
         shape: Shape of one sample.
 
     Raises:

@@ -149,11 +149,12 @@ def test_importing_prints_nothing_and_seeds_nothing(tmp_path):
 def test_refusing_a_command_line_loads_nothing_it_does_not_use(tmp_path):
     slow = ["torchvision", "sklearn", "matplotlib", "torchmetrics", "torchinfo", "PIL"]
     # What PyTorch's own kernels for the meta device load takes as long as PyTorch itself.
-    slow += ["torch.utils.flop_counter", "torch._meta_registrations", "triton"]
+    slow += ["torch.utils.flop_counter", "torch._meta_registrations", "torch._dynamo", "triton"]
     for flags in (
         ["--help"],
         ["--K", "100000"],
         ["--shuffle_pattern", "BA", "--shuffle_scale", "7"],
+        ["--model", "dncnn", "--dataset", "denoise", "--train_dir", "no", "--test_dir", "no"],
     ):
         code = f"""
 import contextlib, io, sys
