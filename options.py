@@ -327,6 +327,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {small[close[0]]}?" if close else ""
 
 
+_LONGEST_MEANING = 90  # of a flag, in an error
+
+
 class FlagParser(argparse.ArgumentParser):
     """A parser that answers an error by its message and the help line of the flag alone.
 
@@ -391,8 +394,11 @@ class FlagParser(argparse.ArgumentParser):
         lines = [f"error: {message}"]
         if (action := self._flag_of(message)) is not None and action.help:
             meaning = " ".join(self._get_formatter()._expand_help(action).split())
-            if meaning.partition(" (default")[0] not in message:
-                lines.append(f"  --{action.dest}: {meaning}")
+            said, default, value = meaning.partition(" (default")
+            while len(said) > _LONGEST_MEANING and "; " in said:  # what else it means elsewhere
+                said = said.rpartition("; ")[0]
+            if said not in message:
+                lines.append(f"  --{action.dest}: {said}{default}{value}")
         print("\n".join(lines), file=sys.stderr)
         raise SystemExit(2)
 
