@@ -162,9 +162,22 @@ STUDIES = {
     ),
     "match": Study(
         "Are two framed patches of one hue?",
+        "about 3 minutes on one thread",
+        f"{SMALL} --dataset match",
+        {
+            name: RIVALS[name]
+            for name in (
+                *("Conv2d", "Branching", "Branching, neighbors by location", "ConvNN"),
+                "Conv2d, dilation 3",
+            )
+        },
+    ),
+    "match_rivals": Study(
+        "Are two framed patches of one hue?",
         "about 5 minutes on one thread",
         f"{SMALL} --dataset match",
         RIVALS,
+        seeds=1,
     ),
     "copy": Study(
         "Is a block of noise repeated somewhere?",
@@ -346,7 +359,7 @@ STUDIES = {
     "growing": Study(
         "Which kernel should a growing network take?",
         "about 1 minute on one thread",
-        "--model dynamic --dataset digits --device cpu --num_epochs 3",
+        "--model dynamic --dataset digits --device cpu --num_epochs 3 --val_split 0.1",
         {
             f"{kernel}, {predictor}": f"--kernel_type {kernel} --predictor {predictor}"
             for kernel in ("cosine", "euclidean", "euclidean_pyramid", "dot", "influence_cone")
