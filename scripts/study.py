@@ -295,12 +295,18 @@ STUDIES = {
         {f"lr {value}": f"--lr {value}" for value in ("3e-3", "3e-4", "1e-3", "1e-2")},
     ),
     "denoising": Study(
-        "Which layer inside a small DnCNN? (sigma 25, photographs that ship with packages)",
-        "about 10 minutes on one thread",
-        "--model dncnn --depth 6 --features 24 --dataset photos --device cpu --num_epochs 5",
+        "Which layer inside a small DnCNN? (sigma 25, Train400; seven images of Set12, 256 x 256)",
+        "about 5 minutes on one thread",
+        "--model dncnn --depth 6 --dataset denoise --train_dir Data/Train400 --test_dir Data/Set12 "
+        "--limit_test 7 --sigma 25 --crop_size 40 --crops_per_image 1 --batch_size 8 "
+        "--val_split 0.02 --device cpu --num_epochs 10 --lr 2e-3 --scheduler cosine",
         {
-            **{name: f"--layer {name}" for name in ("Conv2d", "ConvNN", "Branching")},
-            "Branching, neighbors by location": "--layer Branching --similarity_type Loc",
+            "Conv2d": "--layer Conv2d --features 24",
+            "ConvNN": "--layer ConvNN --features 24",
+            "Branching": "--layer Branching --features 22",
+            "Branching, neighbors by location": (
+                "--layer Branching --features 22 --similarity_type Loc"
+            ),
         },
     ),
     "shapes3d": Study(
