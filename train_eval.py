@@ -240,7 +240,7 @@ def fit(
             after_epoch(trainer, run, progress, next(iter(sets)))
     folder = run.folder
     if progress.finished:
-        folder.write_line(f"Nothing left to learn after epoch {progress.epoch}.")
+        folder.write_line(trainer.finished_line(progress.epoch))
 
     held_out = None if run.data.val is None else len(run.data.val)
     folder.end()

@@ -37,13 +37,15 @@ MOST_LABELS = 14  # of curves that are named at their ends; more have a legend
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Return the run folders among these and below them, each once."""
-    found = [
-        path.parent
-        for folder in folders
-        if folder.is_dir()
-        for path in sorted(folder.rglob(RunFolder.METRICS))
-    ]
+    """Return the run folders among these and below them, each once.
+
+    Raises:
+        ValueError: If a folder is not there.
+    """
+    folders = list(folders)
+    if missing := [str(folder) for folder in folders if not folder.exists()]:
+        raise ValueError(f"{', '.join(missing)}: there is no such folder.")
+    found = [path.parent for folder in folders for path in sorted(folder.rglob(RunFolder.METRICS))]
     return list(dict.fromkeys(found))
 
 
@@ -346,7 +348,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--html", type=Path, help="write a page here, to sort and to filter")
     args = parser.parse_args(argv)
     groups: dict[str, list[dict]] = {}
-    for folder in find_runs(args.folders):
+    try:
+        found = find_runs(args.folders)
+    except ValueError as error:
+        parser.error(str(error))
+    for folder in found:
         try:
             run = read_run(folder)
         except ValueError as error:

@@ -1,5 +1,5 @@
 # Shared by the sweeps: `run NAME FLAGS...` trains into $out/NAME unless that run is finished, and goes
-# on with it where it was interrupted. PYTHON chooses the interpreter.
+# on with it where it was interrupted. PYTHON chooses the interpreter; DRY_RUN=1 prints the commands alone.
 # `scripts/sweep_….sh --help` prints the head of the script.
 case ${1:-} in -h | --help)
   sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
@@ -9,13 +9,20 @@ esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 
+# Compares runs, if there are any.
+compare() {
+  [ "${DRY_RUN:-}" = 1 ] || "$python" scripts/compare_runs.py "$@"
+}
+
 run() {
   local name=$1
   shift
   if grep -qs "^Max " "$out/$name/train_eval_results.txt"; then
     echo "$out/$name is finished: kept"
-  elif [ -e "$out/$name/last.pt" ]; then
+  elif [ -e "$out/$name/last.pt" ] && [ "${DRY_RUN:-}" != 1 ]; then
     "$python" main.py --resume --output_dir "$out/$name"
+  elif [ "${DRY_RUN:-}" = 1 ]; then
+    echo "$python main.py --output_dir $out/$name $*"
   else
     "$python" main.py --output_dir "$out/$name" "$@"
   fi

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train one network with several numbers of neighbors and several kinds of candidates, then compare.
-# Further flags go to every run. KS chooses the numbers, OUT the folder, PYTHON the interpreter.
+# Further flags go to every run. KS chooses the numbers, OUT the folder, PYTHON the interpreter;
+# DRY_RUN=1 prints the commands alone.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 out=${OUT:-Output/sweep_neighbors}
@@ -10,4 +11,4 @@ for k in ${KS:-1 4 9 16}; do
   run "K${k}_random32" --layer ConvNN --K "$k" --sampling_type random --num_samples 32 "$@"
   run "K${k}_spatial6" --layer ConvNN --K "$k" --sampling_type spatial --num_samples 6 "$@"
 done
-"$python" scripts/compare_runs.py "$out"/* --picture "$out/curves.png"
+compare "$out"/* --picture "$out/curves.png"

@@ -171,7 +171,7 @@ class DenoisingTask(RestorationTask):
         ends = self.sigma if isinstance(self.sigma, list | tuple) else (self.sigma, self.sigma)
         if self.noise_type == "gaussian" and not 0.8 * ends[0] <= sigma <= 1.2 * ends[1]:
             trained = " to ".join(f"{end:g}" for end in dict.fromkeys(ends))
-            print(f"note: --sigma says {trained}: a network for that may leave noise or blur.")
+            print(f"note: the network is for sigma {trained}: others may leave noise or blur.")
 
     def describe_damage(self) -> str:
         """Word the noise."""

@@ -218,6 +218,17 @@ class GrowthTrainer(Trainer):
         finished = self.model.end_pass() if hasattr(self.model, "end_pass") else False
         return finished or self.full is not None
 
+    def finished_line(self, epoch: int) -> str:
+        """Say why growing ends: nothing is wrong any more, or there is no room."""
+        if not self.sated:
+            return super().finished_line(epoch)
+        return (
+            f"Growing stopped after epoch {epoch}: there is no room for further centers "
+            "(--max_neighbors allows more)."
+            if self.full is None
+            else f"Growing stopped after epoch {epoch}."
+        )
+
     def columns(self) -> dict[str, float]:
         """Return the number of centers, if the model counts them."""
         count = getattr(self.model, "num_centers", None)

@@ -218,6 +218,10 @@ class Trainer:
 
     # -- the end of a run
 
+    def finished_line(self, epoch: int) -> str:
+        """Say why a run ends before its last epoch."""
+        return f"Nothing left to learn after epoch {epoch}."
+
     def conclude(self, progress: Progress, held_out: int | None) -> list[str]:
         """Return the lines that close the results of the epochs.
 

@@ -92,6 +92,13 @@ def test_a_pass_that_adds_nothing_is_the_last(grow, capsys):
     assert results["history"][-1]["train_top1"] == 100
 
 
+def test_growing_without_room_says_so(grow, capsys):
+    grow("--num_epochs", 3, "--max_neighbors", 70, "--limit_train", 400)
+    said = capsys.readouterr().out
+    assert "Growing stopped after epoch 1: there is no room for further centers" in said
+    assert "Nothing left to learn" not in said
+
+
 def test_deep(grow):
     results = grow("--num_layers", 3, "--splits", 2, "--num_epochs", 1)
     assert len(results["history"]) == 3
