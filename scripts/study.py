@@ -20,6 +20,7 @@ into <study>_cost.csv; the report then shows them, and <study>_cost.png draws ac
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -56,6 +57,9 @@ TOKENS = (
     "--model vit_tiny --patch_size 4 --num_layers 2 --num_heads 3 --d_hidden 24 --d_mlp 96 "
     "--dropout 0 --weight_decay 1e-6"
 )
+
+
+PLACES = ("--data_path", "--train_dir", "--test_dir")  # flags of data that a study needs
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ FAMILY = {
 STUDIES = {
     "recall": Study(
         "Which bar has the color of the plus: what finds it, at equal parameters?",
-        "about 5 minutes on one thread",
+        "about 28 minutes on one thread",
         f"{SMALL} --dataset recall",
         RIVALS,
         seeds=5,
@@ -135,13 +139,13 @@ STUDIES = {
     ),
     "recall_noise": Study(
         "The same with pixel noise of 0.1",
-        "about 2 minutes on one thread",
+        "about 1 minute on one thread",
         f"{SMALL} --dataset recall --noise 0.1",
         {name: RIVALS[name] for name in list(RIVALS)[:2]},
     ),
     "recall_large": Study(
         "Do other and larger networks manage without neighbors? (first row: the small network)",
-        "about 5 minutes on one thread",
+        "about 19 minutes on one thread",
         f"{SMALL} --dataset recall",
         {
             "Branching": BRANCHING,
@@ -162,7 +166,7 @@ STUDIES = {
     ),
     "match": Study(
         "Are two framed patches of one hue?",
-        "about 3 minutes on one thread",
+        "about 2 minutes on one thread",
         f"{SMALL} --dataset match",
         {
             name: RIVALS[name]
@@ -174,45 +178,45 @@ STUDIES = {
     ),
     "match_rivals": Study(
         "Are two framed patches of one hue?",
-        "about 5 minutes on one thread",
+        "about 23 minutes on one thread",
         f"{SMALL} --dataset match",
         RIVALS,
         seeds=1,
     ),
     "copy": Study(
         "Is a block of noise repeated somewhere?",
-        "about 5 minutes on one thread",
+        "about 4 minutes on one thread",
         f"{SMALL} --dataset copy",
         {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN")},
     ),
     "digits": Study(
         "Digits of 8 x 8 pixels: local shape, where neighbors are not expected to help",
-        "about 2 minutes on one thread",
+        "about 5 minutes on one thread",
         f"{SMALL} --dataset digits --num_epochs 20",
         {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
     ),
     "mnist": Study(
         "5,000 images of MNIST at 14 x 14: local shape again",
-        "about 2 minutes on one thread",
+        "about 8 minutes on one thread",
         f"{SMALL} --dataset mnist --resize 14 --limit_train 5000",
         {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
     ),
     "cifar": Study(
         "5,000 images of CIFAR-10 at 16 x 16, from an .npz file: natural images",
-        "about 2 minutes on one thread",
+        "about 8 minutes on one thread",
         f"{SMALL} --dataset npz --data_path Data/cifar10.npz --resize 16 --limit_train 5000",
         {name: RIVALS[name] for name in ("Conv2d", "Branching", "ConvNN", "ConvNN_Attn")},
     ),
     "family": Study(
         "Everything that looks at the most similar, on 5,000 images of CIFAR-10 at 16 x 16 (from "
         "an .npz file), at equal epochs and 12,500 to 17,300 parameters",
-        "about 8 minutes on one thread",
+        "about 44 minutes on one thread",
         CIFAR,
         FAMILY,
     ),
     "mnist1d": Study(
         "MNIST-1D: which layer for signals, at about 10,000 parameters? (published CNN: 94 %)",
-        "about 3 minutes on one thread",
+        "about 5 minutes on one thread",
         "--model cnn1d --dataset mnist1d --device cpu --batch_size 64 --num_epochs 20 "
         "--optimizer adam --lr 3e-3 --scheduler cosine --val_split 0.1",
         {
@@ -225,7 +229,7 @@ STUDIES = {
     ),
     "branch_ratio": Study(
         "Which part of the channels should neighbors make? (published: 0.5 on CIFAR-10)",
-        "about 6 minutes on one thread",
+        "about 17 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall",
         {
             f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
@@ -234,7 +238,7 @@ STUDIES = {
     ),
     "branch_ratio_cifar": Study(
         "The same on natural images, where the paper found 0.5 best",
-        "about 4 minutes on one thread",
+        "about 5 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset npz --data_path Data/cifar10.npz --resize 16 "
         "--limit_train 5000",
         {
@@ -244,7 +248,7 @@ STUDIES = {
     ),
     "branch_ratio_digits": Study(
         "The same on digits",
-        "about 4 minutes on one thread",
+        "about 2 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset digits --num_epochs 20",
         {
             f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
@@ -253,7 +257,7 @@ STUDIES = {
     ),
     "K": Study(
         "How many neighbors, at about 16,000 parameters?",
-        "about 4 minutes on one thread",
+        "about 6 minutes on one thread",
         f"{SMALL} --layer Branching --dataset recall",
         {
             "K 9": "--K 9 --width 22",
@@ -264,7 +268,7 @@ STUDIES = {
     ),
     "sampling": Study(
         "What do fewer candidates cost?",
-        "about 4 minutes on one thread",
+        "about 6 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall",
         {
             "all": "",
@@ -274,7 +278,7 @@ STUDIES = {
     ),
     "similarity": Study(
         "What to compare, and what to aggregate?",
-        "about 5 minutes on one thread",
+        "about 8 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall",
         {
             f"{compared}, {taken}": f"--similarity_type {compared} --aggregation_type {taken}"
@@ -284,19 +288,19 @@ STUDIES = {
     ),
     "lambda": Study(
         "How to weigh features against coordinates?",
-        "about 4 minutes on one thread",
+        "about 5 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall --similarity_type Loc_Col",
         {f"lambda {value}": f"--lambda_param {value}" for value in (0.5, 0.0, 0.25, 0.75, 1.0)},
     ),
     "lr": Study(
         "Which learning rate?",
-        "about 4 minutes on one thread",
+        "about 11 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall",
         {f"lr {value}": f"--lr {value}" for value in ("3e-3", "3e-4", "1e-3", "1e-2")},
     ),
     "denoising": Study(
         "Which layer inside a small DnCNN? (sigma 25, Train400; seven images of Set12, 256 x 256)",
-        "about 5 minutes on one thread",
+        "about 10 minutes on one thread",
         "--model dncnn --depth 6 --dataset denoise --train_dir Data/Train400 --test_dir Data/Set12 "
         "--limit_test 7 --sigma 25 --crop_size 40 --crops_per_image 1 --batch_size 8 "
         "--val_split 0.02 --device cpu --num_epochs 10 --lr 2e-3 --scheduler cosine",
@@ -311,7 +315,7 @@ STUDIES = {
     ),
     "shapes3d": Study(
         "Which neighbors for points: by the features of each layer, or by location?",
-        "about 4 minutes on one thread",
+        "about 28 minutes on one thread",
         "--model dgcnn --dataset shapes3d --device cpu --num_points 128 --num_train 4500 "
         "--width 0.25 --K 10 --dropout 0.2 --batch_size 32 --num_epochs 4 "
         "--optimizer adam --lr 2e-3 --scheduler cosine --val_split 0.1",
@@ -324,7 +328,7 @@ STUDIES = {
     ),
     "shapes3d_256": Study(
         "Points where neighborhoods are small (256 points, 5 neighbors): by features or location?",
-        "about 6 minutes on one thread",
+        "about 10 minutes on one thread",
         "--model dgcnn --dataset shapes3d --device cpu --num_points 256 --num_train 4500 "
         "--num_test 2000 --width 0.25 --K 5 --dropout 0.2 --batch_size 32 --num_epochs 10 "
         "--optimizer adam --lr 2e-3 --scheduler cosine --val_split 0.1",
@@ -335,7 +339,7 @@ STUDIES = {
     ),
     "correspondence": Study(
         "Which of 128 matches are right (70 % are wrong): do neighbors among them help?",
-        "about 3 minutes on one thread",
+        "about 15 minutes on one thread",
         "--model cnnet --dataset scenes --device cpu --depth 8 --features 32 --num_matches 128 "
         "--outliers 0.7 --num_scenes 1680 --test_scenes 100 --val_split 0.05 --batch_size 16 "
         "--num_epochs 4 --lr 3e-3 --scheduler cosine --ransac --ransac_threshold 0.003",
@@ -410,6 +414,10 @@ def run_study(
 ) -> list[str]:
     """Run what is missing; return the runs that failed."""
     failed = []
+    words = shlex.split(STUDIES[name].base)
+    for flag, place in itertools.pairwise(words):
+        if flag in PLACES and not dry and not (ROOT / place).exists():
+            raise SystemExit(f"error: {name} needs {place}, which is not there; see docs/data.md.")
     for seed in range(seeds):
         for setting in STUDIES[name].settings:
             folder = folder_of(name, setting, seed)
@@ -571,7 +579,7 @@ def report_table(
         f"{study.answers}",
         "",
         f"Every run: `python main.py {study.base} --seed <n>` and the flags of the row. "
-        f"Cost of one seed: {study.cost}.",
+        f"Cost of one seed of all rows: {study.cost}.",
         "",
         f"| setting | flags | parameters | {first['headline_name']} {first['headline_unit']}, "
         "mean ± sd | each seed | against the first row | seconds |",
@@ -712,7 +720,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         for name, study in STUDIES.items():
             runs = len(study.settings) * study.seeds
-            print(f"{name:20} {study.answers} ({runs} runs; {study.cost} a seed)")
+            print(f"{name:20} {study.answers} ({runs} runs; {study.cost} a seed of all rows)")
         return
     if unknown := [name for name in args.studies if name not in STUDIES]:
         parser.error(f"there is no study {', '.join(unknown)}. There are: {', '.join(STUDIES)}.")

@@ -728,7 +728,7 @@ class RestorationTask(Task):
             lost = write_picture(target, picture)
         except (ValueError, OSError) as error:  # a format that does not take these channels, say
             raise ValueError(f"--output {target}: {error}") from error
-        return f"{self.done} {source} ({height}x{width}{how}) into {target}{lost}."
+        return f"{self.done} {source} ({width}x{height}{how}) into {target}{lost}."
 
     def treat_alpha(self, alpha: Tensor) -> Tensor:
         """Return the alpha channel (1, H, W) of a restored picture."""
