@@ -16,7 +16,7 @@ __all__ = ["rehearse", "without_values"]
 
 # What sets values in place and keeps the shape.
 INITIALIZERS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_"}
-INITIALIZERS |= {"abs_", "clamp_", "mul_"}
+INITIALIZERS |= {"abs_", "clamp_"}
 
 
 class _ShapesOnly(TorchFunctionMode):

@@ -17,13 +17,16 @@ compare() {
 run() {
   local name=$1
   shift
+  local words=(main.py --output_dir "$out/$name" "$@")
   if grep -qs "^Max " "$out/$name/train_eval_results.txt"; then
     echo "$out/$name is finished: kept"
-  elif [ -e "$out/$name/last.pt" ] && [ "${DRY_RUN:-}" != 1 ]; then
-    "$python" main.py --resume --output_dir "$out/$name"
-  elif [ "${DRY_RUN:-}" = 1 ]; then
-    echo "$python main.py --output_dir $out/$name $*"
+    return
+  elif [ -e "$out/$name/last.pt" ]; then
+    words=(main.py --resume --output_dir "$out/$name")
+  fi
+  if [ "${DRY_RUN:-}" = 1 ]; then
+    echo "$python ${words[*]}"
   else
-    "$python" main.py --output_dir "$out/$name" "$@"
+    "$python" "${words[@]}"
   fi
 }

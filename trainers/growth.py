@@ -222,12 +222,9 @@ class GrowthTrainer(Trainer):
         """Say why growing ends: nothing is wrong any more, or there is no room."""
         if not self.sated:
             return super().finished_line(epoch)
-        return (
-            f"Growing stopped after epoch {epoch}: there is no room for further centers "
-            "(--max_neighbors allows more)."
-            if self.full is None
-            else f"Growing stopped after epoch {epoch}."
-        )
+        room = ": there is no room for further centers (--max_neighbors allows more)"
+        # What else has stopped it, report() has said.
+        return f"Growing stopped after epoch {epoch}{room if self.full is None else ''}."
 
     def columns(self) -> dict[str, float]:
         """Return the number of centers, if the model counts them."""
