@@ -493,9 +493,10 @@ def finish(trainer: Any, run: Run, progress: Progress) -> dict[str, Any]:
         return load_best(trainer, folder, progress)
 
     results: dict[str, Any] = {}
+    found = None
     if data.val is not None and not trainer.tests_itself:
         epoch = use_best()
-        results["test"] = evaluation(data.test)
+        results["test"], found = task.examine(trainer.evaluated, data, folder, evaluation)
         summarize(trainer, run, progress, next(iter(run.sets)), test=results["test"])
         which = f"The best epoch was chosen on {len(data.val)} held-out training samples."
         if not folder.keeps_best:
@@ -504,7 +505,8 @@ def finish(trainer: Any, run: Run, progress: Progress) -> dict[str, Any]:
             )
         folder.write_line(f"{which} [Test at Epoch {epoch}] {task.line(results['test'])}")
     more, lines = trainer.finish(data, folder, evaluation)
-    found = task.finish(trainer.evaluated, data, folder, evaluation, use_best)
+    if found is None:
+        found = task.finish(trainer.evaluated, data, folder, evaluation, use_best)
     for line in [*lines, *found.lines]:
         folder.write_line(line)
     return results | more | found.results
@@ -538,11 +540,11 @@ def test(run: Run, source: str) -> dict[str, Any]:
         source: Where the weights come from, for the results file.
     """
     folder, data, task = run.folder, run.data, run.task
-    metrics, lines = task.examine(run.evaluation.model, data, folder, run.evaluation)
+    metrics, found = task.examine(run.evaluation.model, data, folder, run.evaluation)
     text = (
         f"Checkpoint: {source}\n"
         f"Data: {data.name}, {len(data.test)} test samples\n"
-        + "".join(f"{line}\n" for line in lines)
+        + "".join(f"{line}\n" for line in found.lines)
         + f"[Test] {task.line(metrics)}\n"
     )
     print(text, end="")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dataset import Data
 from options import OptionError, Options, option
 from run_folder import RunFolder
-from tasks.task import Evaluate, Needs, Task
+from tasks.task import Evaluate, Finding, Needs, Task
 from utils import atomic_path
 
 __all__ = [
@@ -208,13 +208,14 @@ class ClassificationTask(Task):
 
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
-    ) -> tuple[dict[str, float], list[str]]:
+    ) -> tuple[dict[str, float], Finding]:
         """Evaluate on the test set; a model that has neighbors shows them too."""
         if not hasattr(model, "kneighbors"):
             return super().examine(model, data, run, evaluate)
         report = self.neighbors(model, evaluate.loader(data.test), evaluate.device)
         self.show_neighbors(model, data, report, run)
-        return report.metrics[model.chosen], self.neighbor_lines(model, {"test": report})
+        lines = self.neighbor_lines(model, {"test": report})
+        return report.metrics[model.chosen], Finding({}, lines)
 
     # -- models that classify by the nearest of stored samples
 

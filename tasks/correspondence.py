@@ -487,7 +487,7 @@ class CorrespondenceTask(Task):
 
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
-    ) -> tuple[dict[str, float], list[str]]:
+    ) -> tuple[dict[str, float], Finding]:
         """Evaluate on the test set, with a table of pairs, RANSAC and pictures if asked for."""
         base = getattr(data.test, "dataset", data.test)
         rows: list[dict[str, Any]] = []
@@ -528,7 +528,7 @@ class CorrespondenceTask(Task):
                     if name.startswith(f"{key}_")
                 }
                 lines.append(f"{title}: {self.line(own)}")
-        return metrics, lines
+        return metrics, Finding({}, lines)
 
     def _by_ransac(
         self, key: str, matches: Tensor, chosen: Tensor, distances: Tensor, truth: tuple
@@ -571,10 +571,9 @@ class CorrespondenceTask(Task):
         if not (self.ransac or self.save_images):
             return Finding({}, [])
         epoch = use_best()
-        metrics, lines = self.examine(model, data, run, evaluate)
-        return Finding(
-            {"test": metrics}, [f"Test pairs with the weights of epoch {epoch}:", *lines]
-        )
+        metrics, found = self.examine(model, data, run, evaluate)
+        first = f"Test pairs with the weights of epoch {epoch}:"
+        return Finding({"test": metrics}, [first, *found.lines])
 
 
 def pose_scores(errors: Tensor) -> dict[str, Tensor]:

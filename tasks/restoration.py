@@ -649,7 +649,7 @@ class RestorationTask(Task):
 
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
-    ) -> tuple[dict[str, float], list[str]]:
+    ) -> tuple[dict[str, float], Finding]:
         """Evaluate on the test set, with a table of images, and pictures if they are asked for."""
         base = full_dataset(data.test)
         report = ImageReport(base.names, run, self.before, self.after, pictures=self.save_images)
@@ -687,7 +687,7 @@ class RestorationTask(Task):
                 f"note: the network all but returns its input: what it changes is {share:.0f} % of "
                 "the damage (root mean square). It is untrained, or trained for other pictures."
             )
-        return metrics, lines
+        return metrics, Finding({}, lines)
 
     def finish(
         self,
@@ -701,10 +701,9 @@ class RestorationTask(Task):
         if not self.save_images:
             return Finding({}, [])
         epoch = use_best()
-        metrics, lines = self.examine(model, data, run, evaluate)
-        return Finding(
-            {"test": metrics}, [f"Test images with the weights of epoch {epoch}:", *lines]
-        )
+        metrics, found = self.examine(model, data, run, evaluate)
+        first = f"Test images with the weights of epoch {epoch}:"
+        return Finding({"test": metrics}, [first, *found.lines])
 
     def files(self, inputs: Sequence[str], output: str) -> list[tuple[Path, Path]]:
         """Return the pictures to restore, each with the file it goes to."""
@@ -763,6 +762,7 @@ class ImageReport:
     """
 
     TABLE, PICTURES = "per_image.csv", "images"
+    MOST_LINES = 100  # of images that have a line each; of more there are averages alone
 
     def __init__(
         self,
@@ -814,16 +814,18 @@ class ImageReport:
             save_panels(path, {**first, **between, **last})
 
     def lines(self) -> list[str]:
-        """Write the table; return a line an image and a line a folder."""
+        """Write the table; return a line an image, if they are few, and a line a folder."""
         table = CsvLog(self.run.file(self.TABLE), self.rows)
         assert table.fields, "an evaluation has at least one image"
         lines = []
         folders: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             folders.setdefault(row["image"].rpartition("/")[0], []).append(row)
-            lines.append(self._line(row["image"], [row]))
+            if len(self.rows) <= self.MOST_LINES:
+                lines.append(self._line(row["image"], [row]))
         for folder, rows in folders.items():
-            lines.append(self._line(f"Average of {folder} ({len(rows)} images)", rows))
+            number = "1 image" if len(rows) == 1 else f"{len(rows)} images"
+            lines.append(self._line(f"Average of {folder} ({number})", rows))
         return lines
 
     def _line(self, title: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from tasks.restoration import (
     RestorationOptions,
     RestorationTask,
 )
-from tasks.task import Evaluate
+from tasks.task import Evaluate, Finding
 
 __all__ = ["SuperResolutionOptions", "SuperResolutionTask", "enlarge", "reduce"]
 
@@ -256,7 +256,7 @@ class SuperResolutionTask(RestorationTask):
 
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
-    ) -> tuple[dict[str, float], list[str]]:
+    ) -> tuple[dict[str, float], Finding]:
         """Evaluate on the test set, with a table of images, and pictures if they are asked for."""
         base = full_dataset(data.test)
         report = EnlargementReport(
@@ -273,7 +273,7 @@ class SuperResolutionTask(RestorationTask):
             "8 bits and clipped, a border of as many pixels as the scale cropped; PSNR and SSIM "
             "(Gaussian window of 11x11, sigma 1.5, where it fits) per image, then averaged."
         )
-        return metrics, [protocol, *report.lines()]
+        return metrics, Finding({}, [protocol, *report.lines()])
 
     def treat(self, model: nn.Module, pixels: Tensor) -> tuple[Tensor, str]:
         """Enlarge (C, H, W): luma by the network, colors by the bicubic filter."""

@@ -188,8 +188,8 @@ class Task:
 
     def examine(
         self, model: nn.Module, data: Data, run: RunFolder, evaluate: Evaluate
-    ) -> tuple[dict[str, float], list[str]]:
-        """Evaluate on the test set, for `--test_only` and for the end of a run.
+    ) -> tuple[dict[str, float], Finding]:
+        """Evaluate on the test set: `--test_only`, and the end of a run with `--val_split`.
 
         Args:
             model: The model.
@@ -199,9 +199,9 @@ class Task:
                 and per-sample metrics of every batch.
 
         Returns:
-            Metrics, and lines that say what else there is to say.
+            Metrics, and what else there is to say.
         """
-        return evaluate(data.test), self.show(model, data, run).lines
+        return evaluate(data.test), self.show(model, data, run)
 
     def show(self, model: nn.Module, data: Data, run: RunFolder) -> Finding:
         """Draw and say what a model has learnt."""
@@ -215,7 +215,7 @@ class Task:
         evaluate: Evaluate,
         use_best: Callable[[], int],
     ) -> Finding:
-        """End a training run.
+        """End a training run that has tested every epoch: `examine` ends one with `--val_split`.
 
         Args:
             model: The model, with the weights of the last epoch.

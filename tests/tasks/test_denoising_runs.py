@@ -1,5 +1,7 @@
 """Runs of the denoising task: ranges, kinds of noise, pairs, maps, real pictures."""
 
+import csv
+import re
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +45,22 @@ def denoise(*flags, dataset="denoise"):
         argv += ["--train_dir", "clean", "--test_dir", "test_clean"]
     argv += ["--crops_per_image", "1", "--num_epochs", "1", "--crop_size", "24", "--device", "cpu"]
     return main([*argv, "--num_workers", "0", *map(str, flags)])
+
+
+def test_a_run_with_held_out_images_ends_with_a_table_of_the_test_images(folders):
+    Path("other").mkdir()
+    Image.open("test_clean/0.png").rotate(90).save("other/7.png")
+    flags = ["--test_dir", "test_clean", "other", "--val_split", 0.5, "--sigma", 25]
+    result = denoise(*flags, "--output_dir", "a")
+    rows = list(csv.DictReader(Path("a/per_image.csv").read_text().splitlines()))
+    assert [row["image"] for row in rows] == ["test_clean/0.png", "test_clean/1.png", "other/7.png"]
+    mean = sum(float(row["psnr"]) for row in rows) / 3
+    assert result["test"]["psnr"] == pytest.approx(mean, abs=1e-4)
+    text = Path("a/train_eval_results.txt").read_text()
+    folders = re.findall(r"Average of (\w+) \((\d images?)\)", text)
+    assert folders == [("test_clean", "2 images"), ("other", "1 image")]
+    again = main(["--test_only", "--output_dir", "a", "--device", "cpu"])["test"]
+    assert again == result["test"]
 
 
 PAIRS = ["--noisy_dir", "noisy", "--clean_dir", "clean"]
@@ -201,8 +219,8 @@ def test_a_network_that_returns_its_input_is_told_of(kept, share):
     evaluation = Evaluation(
         Remover(), task, torch.device("cpu"), partial(build_loader, batch_size=1)
     )
-    _, lines = task.examine(evaluation.model, data, run, evaluation)
-    notes = [line for line in lines if line.startswith("note: the network all but returns")]
+    _, found = task.examine(evaluation.model, data, run, evaluation)
+    notes = [line for line in found.lines if line.startswith("note: the network all but returns")]
     assert len(notes) == (share is not None)
     assert all(f"what it changes is {share} of the damage" in line for line in notes)
 
