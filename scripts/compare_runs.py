@@ -18,7 +18,7 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -203,19 +203,23 @@ def spread_out(places: list[float], gap: float) -> list[float]:
     return moved
 
 
-def draw(runs: list[dict], path: Path, since: float = 0) -> None:
+def draw(
+    runs: list[dict], path: Path, since: float = 0, names: Sequence[str] | None = None
+) -> None:
     """Draw the headline metric over epochs (or K), a curve a run, its name at its end.
 
     Args:
         runs: See `read_run`.
         path: Where the picture goes.
         since: Epochs before this one are left out: the first ones often hide the rest.
+        names: What stands at the ends of the curves; not given: the folders.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
-    names, lines = names_apart([run["folder"] for run in runs]), []
+    names = names or names_apart([run["folder"] for run in runs])
+    lines = []
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         rows = [row for row in run["history"] if row[run["counter"]] >= since]
         style = f"{MARKERS[i % len(MARKERS)]}{LINES[i % len(LINES)]}"

@@ -36,6 +36,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from compare_runs import draw, read_run
+
 from run_folder import RunFolder
 from utils import atomic_path, write_text
 
@@ -74,6 +76,9 @@ class Study:
         seeds: How many seeds.
         table: File of every run that has a row for each test sample, if one is shown.
         measures: Its columns that are averaged over samples, by their titles.
+        by_folder: Column with names "folder/sample": a measure is averaged for every folder.
+        curves: Draw the metric over epochs too, from this one on, into <study>_curves.png.
+        digits: Behind the point.
     """
 
     answers: str
@@ -83,6 +88,9 @@ class Study:
     seeds: int = 3
     table: str = ""
     measures: dict[str, str] = field(default_factory=dict)
+    by_folder: str = ""
+    curves: int = 0
+    digits: int = 1
 
 
 RIVALS = {
@@ -313,6 +321,26 @@ STUDIES = {
             ),
         },
     ),
+    "denoisers": Study(
+        "Which denoiser learns most from equally many steps? (sigma 25, Train400; Set12 and BSD68)",
+        "about 4 hours on one thread",
+        "--dataset denoise --train_dir Data/Train400 --test_dir Data/Set12 Data/BSD68 --sigma 25 "
+        "--crop_size 48 --crops_per_image 4 --batch_size 2 --val_split 0.02 --device cpu "
+        "--num_epochs 10 --lr 1e-3 --scheduler cosine",
+        {
+            "DnCNN-17": "--preset dncnn17",
+            "KNN block": "--preset knn_dncnn",
+            "N3Net light": "--preset n3net_light",
+            "N3Net": "--preset n3net",
+            "NLRN small": "--preset nlrn_small",
+        },
+        seeds=1,
+        table="per_image.csv",
+        measures={"PSNR, noisy": "noisy_psnr", "PSNR": "psnr", "SSIM": "ssim"},
+        by_folder="image",
+        curves=2,
+        digits=2,
+    ),
     "shapes3d": Study(
         "Which neighbors for points: by the features of each layer, or by location?",
         "about 28 minutes on one thread",
@@ -471,13 +499,18 @@ def read_measures(name: str, folder: Path) -> dict[str, float]:
         return {}
     with open(folder / study.table, newline="") as file:
         rows = list(csv.DictReader(file))
+    parts: dict[str, list[dict]] = {}
+    for row in rows:
+        part = f"{row[study.by_folder].rpartition('/')[0]}: " if study.by_folder else ""
+        parts.setdefault(part, []).append(row)
     return {
-        title: statistics.mean(float(row[column]) for row in rows)
+        f"{part}{title}": statistics.mean(float(row[column]) for row in chosen)
+        for part, chosen in parts.items()
         for title, column in study.measures.items()
     }
 
 
-def measure_lines(results: dict[str, list[dict]]) -> list[str]:
+def measure_lines(results: dict[str, list[dict]], digits: int) -> list[str]:
     """Word further measures, mean ± standard deviation over seeds, as a table: a row a measure."""
     titles = next(iter(results.values()))[0]["measures"]
     if not titles:
@@ -491,7 +524,8 @@ def measure_lines(results: dict[str, list[dict]]) -> list[str]:
     for title in titles:
         cells = []
         for runs in results.values():
-            cells.append(mean_and_spread([run["measures"][title] for run in runs]))
+            values = [run["measures"][title] for run in runs]
+            cells.append(mean_and_spread(values, 4 if max(values) < 1 else digits))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -501,10 +535,10 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float], digits: int) -> str:
     """Word the mean over seeds, and the standard deviation of several."""
-    deviation = f" ± {spread(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    deviation = f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def verdict(values: list[float], reference: list[float], *, higher: bool) -> str:
@@ -594,8 +628,8 @@ def report_table(
         judged = verdict(values, reference, higher=first["higher_is_better"])
         lines.append(
             f"| {setting} | `{flags}` | {runs[0]['parameters']:,} "
-            f"| {mean_and_spread(values)} "
-            f"| {', '.join(f'{value:.1f}' for value in values)} "
+            f"| {mean_and_spread(values, study.digits)} "
+            f"| {', '.join(f'{value:.{study.digits}f}' for value in values)} "
             f"| {'reference' if values is reference or setting == next(iter(results)) else judged} "
             f"| {statistics.mean(run['seconds'] for run in runs):.0f} |"
         )
@@ -606,7 +640,8 @@ def report_table(
         "",
         f"![{name}]({name}.png)",
         "",
-        *measure_lines(results),
+        *([f"![{name} over epochs]({name}_curves.png)", ""] if study.curves else []),
+        *measure_lines(results, study.digits),
         *cost_lines(name, costs),
     ]
     return "\n".join(lines)
@@ -658,6 +693,16 @@ def draw_figure(name: str, path: Path, results: dict[str, list[dict]]) -> None:
         figure.savefig(temporary, dpi=110)
 
 
+def draw_curves(name: str, path: Path, results: dict[str, list[dict]]) -> None:
+    """Draw the metric by which the best epoch was chosen, a curve a run."""
+    runs, names = [], []
+    for setting, found in results.items():
+        for run in found:
+            runs.append(read_run(folder_of(name, setting, run["seed"])))
+            names.append(setting if len(found) == 1 else f"{setting}, seed {run['seed']}")
+    draw(runs, path, STUDIES[name].curves, names)
+
+
 def draw_costs(
     path: Path, results: dict[str, list[dict]], costs: dict[str, dict[str, float]]
 ) -> None:
@@ -693,6 +738,8 @@ def report(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_history(folder / f"{name}.csv", results)
     draw_figure(name, folder / f"{name}.png", results)
+    if STUDIES[name].curves:
+        draw_curves(name, folder / f"{name}_curves.png", results)
     costs = {row: cost for row, cost in read_costs(folder, name).items() if row in results}
     if costs:
         measured = {row: runs for row, runs in results.items() if row in costs}

@@ -193,7 +193,7 @@ def small_study(tmp_path, monkeypatch):
     base += " --val_split 0.2 --num_epochs 1 --depth 1 --width 4 --pool_after 1"
     wide = "--layer Conv2d --kernel_size 5"
     settings = {"Conv2d": "--layer Conv2d", "bad": "--K 0", "Conv2d, 5x5": wide}
-    table = {"small": study.Study("Does it run?", "nothing", base, settings, seeds=1)}
+    table = {"small": study.Study("Does it run?", "nothing", base, settings, seeds=1, curves=1)}
     monkeypatch.setattr(study, "STUDIES", table)
     monkeypatch.setattr(study, "ROOT", tmp_path)
     (tmp_path / "main.py").write_text(
@@ -212,7 +212,9 @@ def test_a_study_runs_reports_and_goes_on(small_study, capsys, monkeypatch):
     text = (docs / "small.md").read_text()
     assert "| bad | `--K 0` | | not run" in text
     assert text.count("reference") == 1
-    assert (docs / "small.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("small.png", "small_curves.png"):
+        assert (docs / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"({picture})" in text
     rows = list(csv.DictReader((docs / "small.csv").read_text().splitlines()))
     assert [row["setting"] for row in rows] == ["Conv2d", "Conv2d, 5x5"]
     assert all(float(row["chosen_test_top1"]) >= 0 for row in rows)
@@ -246,6 +248,17 @@ def test_a_study_shows_further_measures_of_the_test_samples(small_study, monkeyp
     text = (small_study / "small.md").read_text()
     assert "| measure | none |" in text
     assert f"| share found | {recall:.1f} |" in text
+
+
+def test_a_study_averages_a_measure_for_every_folder(tmp_path, monkeypatch):
+    (tmp_path / "per_image.csv").write_text("image,psnr\na/1.png,30\na/2.png,31\nb/1.png,20\n")
+    measures = {"PSNR": "psnr"}
+    table = study.Study("?", "", "", {}, 1, "per_image.csv", measures, "image", digits=2)
+    monkeypatch.setattr(study, "STUDIES", {"small": table})
+    found = study.read_measures("small", tmp_path)
+    assert found == {"a: PSNR": 30.5, "b: PSNR": 20.0}
+    text = "\n".join(study.measure_lines({"net": [{"measures": found}]}, table.digits))
+    assert "| a: PSNR | 30.50 |" in text
 
 
 def test_verdicts_need_three_seeds_and_two_deviations():
