@@ -7,7 +7,8 @@
 Folders are searched for runs at any depth. Columns: the best held-out value and where it was
 reached, the last one, the test value where the best was chosen on held-out training data,
 parameters, seconds, and every argument that is not the same in all runs. What is best, and which
-way, each run says itself (summary.json). Runs measured by different metrics get a table each.
+way, each run says itself (summary.json). Runs of different tasks, data sets or metrics get a table
+each.
 """
 
 import argparse
@@ -67,6 +68,7 @@ def read_run(folder: Path) -> dict:
     args = folder / RunFolder.ARGS
     run = {
         "folder": folder,
+        "about": ", ".join(filter(None, (summary.get("task"), summary.get("dataset"), column))),
         "args": parse_args_text(args.read_text("utf-8")) if args.is_file() else {},
         "history": history,
         "column": column,
@@ -107,6 +109,20 @@ def word(name: str, value: float) -> str:
     return f"{value:,.0f}" if name == "parameters" else f"{value:.2f}"
 
 
+def one_of_each_seed(group: list[dict]) -> list[dict]:
+    """Return the runs of a row, the first one of every seed: one run twice is not two samples."""
+    kept: dict[str, dict] = {}
+    for run in group:
+        first = kept.setdefault(run["args"].get("seed", run["texts"]["run"]), run)
+        if first is not run:
+            print(
+                f"note: {run['folder']} has the flags and the seed of {first['folder']}, which "
+                "alone counts.",
+                file=sys.stderr,
+            )
+    return list(kept.values())
+
+
 def rows_of(runs: list[dict], *, over_seeds: bool) -> list[dict[str, str]]:
     """Make the rows of a table, the best one first; all cells are text.
 
@@ -119,10 +135,10 @@ def rows_of(runs: list[dict], *, over_seeds: bool) -> list[dict[str, str]]:
     for number, run in enumerate(runs):
         same = tuple(run["args"].get(name, "") for name in names)
         groups.setdefault(same if over_seeds else (number,), []).append(run)
-    ordered = sorted(groups.values(), key=lambda g: -statistics.mean(r["value"] for r in g))
+    found = [one_of_each_seed(group) if over_seeds else group for group in groups.values()]
     rows = []
-    for group in ordered:
-        row = {"run": group[0]["texts"]["run"]}
+    for group in sorted(found, key=lambda g: -statistics.mean(r["value"] for r in g)):
+        row = {"first run" if over_seeds else "run": group[0]["texts"]["run"]}
         if over_seeds:
             row["seeds"] = str(len(group))
         else:
@@ -309,7 +325,7 @@ def page(tables: dict[str, list[dict[str, str]]], folders: dict[str, Path]) -> s
 
     Args:
         tables: Rows by heading.
-        folders: The folders of runs by what stands in the column "run".
+        folders: The folders of runs by what stands in the first column.
     """
     parts = []
     for heading, rows in tables.items():
@@ -317,7 +333,7 @@ def page(tables: dict[str, list[dict[str, str]]], folders: dict[str, Path]) -> s
         lines = []
         for row in rows:
             cells = [html.escape(value) for value in row.values()]
-            cells[0] += pictures(folders[row["run"]])
+            cells[0] += pictures(folders[next(iter(row.values()))])
             lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         parts.append(
             f"<h2>{html.escape(heading)}</h2>\n<table><thead><tr>{head}</tr></thead>\n"
@@ -362,17 +378,21 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             print(f"note: {error} Left out.", file=sys.stderr)
             continue
-        groups.setdefault(run["column"], []).append(run)
+        groups.setdefault(run["about"], []).append(run)
     if not groups:
         parser.error(f"none of these folders holds a run ({RunFolder.METRICS}).")
     if args.picture and len(groups) > 1:
         parser.error(
-            f"--picture draws one metric, and these runs were measured by {', '.join(groups)}: "
-            "name the folders of one."
+            f"--picture draws runs of one task, data set and metric; these are of "
+            f"{'; '.join(groups)}: name the folders of one."
         )
     layouts = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
-    tables = {column: rows_of(runs, over_seeds=args.over_seeds) for column, runs in groups.items()}
-    print("\n\n".join(layouts[args.table](rows) for rows in tables.values()))
+    tables = {about: rows_of(runs, over_seeds=args.over_seeds) for about, runs in groups.items()}
+    parts = []
+    for about, rows in tables.items():
+        title = f"{about}:\n\n" if args.table == "markdown" and len(tables) > 1 else ""
+        parts.append(title + layouts[args.table](rows))
+    print("\n\n".join(parts))
     if args.picture:
         draw(next(iter(groups.values())), args.picture, args.since)
         print(f"Curves: {args.picture}", file=sys.stderr)

@@ -89,6 +89,27 @@ def test_seeds_become_a_mean(made, capsys):
     assert second[0]["seeds"] == "1"
 
 
+def test_a_seed_counts_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder, seed, value in (("a", 0, 60), ("b", 1, 62), ("copy", 0, 60)):
+        make_run(Path(folder), [value], seed=seed)
+    compare_runs.main(["a", "b", "copy", "--over_seeds", "--table", "csv"])
+    out, err = capsys.readouterr()
+    (row,) = csv.DictReader(out.splitlines())
+    assert (row["first run"], row["seeds"]) == ("a", "2")
+    assert row["best test_top1"] == f"61.00 ± {statistics.stdev([60, 62]):.2f}"
+    assert "copy has the flags and the seed of a" in err
+
+
+def test_tasks_and_data_sets_have_a_table_each(tmp_path, capsys):
+    for data in ("digits", "mnist"):
+        make_run(tmp_path / data, [60], task="classification", dataset=data)
+    compare_runs.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    for data in ("digits", "mnist"):
+        assert f"classification, {data}, test_top1:\n\n| run" in text
+
+
 def test_the_test_value_decides_where_there_is_one(tmp_path, capsys):
     make_run(tmp_path / "a", [90], column="val_top1", test={"top1": 40.0})
     make_run(tmp_path / "b", [80], column="val_top1", test={"top1": 50.0})
@@ -122,7 +143,7 @@ def test_names_at_the_ends_of_curves_keep_apart():
 def test_a_picture_of_two_metrics_is_refused(made, refused):
     code, text = refused(compare_runs.main, ["runs", "--picture", "x.png"])
     assert code == 2
-    assert "test_top1, test_mse" in text
+    assert "test_top1; test_mse" in text
 
 
 def test_curves_are_named_apart():
