@@ -29,6 +29,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ from files import read_image
 from layers.record import Neighbors, Seen, record_neighbors
 from utils import atomic_path
 
+LETTERS = 13  # of a title, an inch
 COLORS = ("#ff3b30", "#00c8ff", "#ffd60a", "#34e04a", "#ff6bff", "#ff9500")
 TITLES = {
     "Loc": "Loc: the {} closest positions, the taps of a convolution",
@@ -191,12 +193,14 @@ def share_shown(seen: Sequence[Seen], what: str | int, most: int) -> str:
 
 
 def draw_square(axes, center: Tensor, extent: Tensor, **style) -> None:
-    """Draw the rectangle that a position covers."""
+    """Draw the rectangle that a position covers, its edge set off from a picture of its color."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     top, left = (center - extent / 2).tolist()
     height, width = extent.tolist()
-    axes.add_patch(Rectangle((left, top), width, height, **style))
+    around = [withStroke(linewidth=style["linewidth"] + 1.2, foreground="white")]
+    axes.add_patch(Rectangle((left, top), width, height, path_effects=around, **style))
 
 
 def draw_panel(axes, picture: Tensor, seen: Sequence[Seen], what: str | int, most: int) -> None:
@@ -251,7 +255,7 @@ def draw(
     height, width = picture.shape[1:]
     size = 3.6 if columns <= 3 else 2.6
     figure = Figure(
-        figsize=(columns * size, len(rows) * (size * min(2.0, height / width) + 0.3)),
+        figsize=(columns * size, len(rows) * (size * min(2.0, height / width) + 0.5)),
         layout="constrained",
     )
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -261,7 +265,8 @@ def draw(
             axes.axis("off")
         for axes, (title, what) in zip(line, panels, strict=False):
             draw_panel(axes, picture, seen, what, most_neighbors)
-            axes.set_title(title + share_shown(seen, what, most_neighbors), fontsize=9)
+            title += share_shown(seen, what, most_neighbors)
+            axes.set_title(fill(title, int(LETTERS * size)), fontsize=9)
         if names:
             line[0].set_ylabel(record.name, fontsize=8)
     with atomic_path(path) as temporary:
