@@ -219,6 +219,24 @@ def spread_out(places: list[float], gap: float) -> list[float]:
     return moved
 
 
+def label_points(axis, points: Sequence[tuple[float, float]], texts, colors) -> None:
+    """Name points right of the axes, none over another, each with a line to its name."""
+    low, high = axis.get_ylim()
+    heights = [(y - low) / (high - low) for _, y in points]
+    places = spread_out(heights, 0.06 * 4.2 / axis.figure.get_figheight())
+    for point, text, color, height in zip(points, texts, colors, places, strict=True):
+        axis.annotate(
+            text,
+            point,
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            color=color,
+            fontsize=8,
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.5},
+        )
+
+
 def draw(
     runs: list[dict], path: Path, since: float = 0, names: Sequence[str] | None = None
 ) -> None:
@@ -246,19 +264,10 @@ def draw(
     axis.grid(alpha=0.3)
     shown = [line for line in lines if len(line.get_xdata())]
     if len(shown) <= MOST_LABELS:
-        low, high = axis.get_ylim()
-        heights = [(line.get_ydata()[-1] - low) / (high - low) for line in shown]
-        for line, height in zip(shown, spread_out(heights, 0.06), strict=True):
-            axis.annotate(
-                line.get_label(),
-                (line.get_xdata()[-1], line.get_ydata()[-1]),
-                xytext=(1.03, height),
-                textcoords="axes fraction",
-                color=line.get_color(),
-                fontsize=8,
-                verticalalignment="center",
-                arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.5},
-            )
+        ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in shown]
+        texts = [line.get_label() for line in shown]
+        colors = [line.get_color() for line in shown]
+        label_points(axis, ends, texts, colors)
     else:
         axis.legend(fontsize=8, loc="best")
     with atomic_path(path) as temporary:

@@ -32,11 +32,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compare_runs import draw, read_run
+from compare_runs import draw, label_points, read_run
 
 from run_folder import RunFolder
 from utils import atomic_path, write_text
@@ -72,7 +73,8 @@ class Study:
         answers: The question.
         cost: What a seed of all settings takes.
         base: Flags of every run.
-        settings: Further flags by name; the first one is the reference.
+        settings: Further flags by name.
+        reference: The setting that others are compared with; not given: the first.
         seeds: How many seeds.
         table: File of every run that has a row for each test sample, if one is shown.
         measures: Its columns that are averaged over samples, by their titles.
@@ -91,6 +93,7 @@ class Study:
     by_folder: str = ""
     curves: int = 0
     digits: int = 1
+    reference: str = ""
 
 
 RIVALS = {
@@ -239,29 +242,23 @@ STUDIES = {
         "Which part of the channels should neighbors make? (published: 0.5 on CIFAR-10)",
         "about 17 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall",
-        {
-            f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
-            for eighths in (4, 0, 1, 2, 3, 5, 6, 7, 8)
-        },
+        {f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}" for eighths in range(9)},
+        reference="ratio 0.5",
     ),
     "branch_ratio_cifar": Study(
         "The same on natural images, where the paper found 0.5 best",
         "about 5 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset npz --data_path Data/cifar10.npz --resize 16 "
         "--limit_train 5000",
-        {
-            f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
-            for eighths in (4, 0, 1, 2, 3, 5, 6, 7, 8)
-        },
+        {f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}" for eighths in range(9)},
+        reference="ratio 0.5",
     ),
     "branch_ratio_digits": Study(
         "The same on digits",
         "about 2 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset digits --num_epochs 20",
-        {
-            f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}"
-            for eighths in (4, 0, 1, 2, 3, 5, 6, 7, 8)
-        },
+        {f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}" for eighths in range(9)},
+        reference="ratio 0.5",
     ),
     "K": Study(
         "How many neighbors, at about 16,000 parameters?",
@@ -606,7 +603,9 @@ def report_table(
 ) -> str:
     """Word a study as a page of Markdown."""
     study, first = STUDIES[name], next(iter(results.values()))[0]
-    reference = [run["value"] for run in next(iter(results.values()))]
+    of = study.reference if study.reference in results else next(iter(results))
+    reference = [run["value"] for run in results[of]]
+    against = "the first row" if of == next(iter(results)) else of
     lines = [
         f"# {name}",
         "",
@@ -616,7 +615,7 @@ def report_table(
         f"Cost of one seed of all rows: {study.cost}.",
         "",
         f"| setting | flags | parameters | {first['headline_name']} {first['headline_unit']}, "
-        "mean ± sd | each seed | against the first row | seconds |",
+        f"mean ± sd | each seed | against {against} | seconds |",
         "|---|---|--:|--:|---|---|--:|",
     ]
     for setting, flags in study.settings.items():
@@ -630,7 +629,7 @@ def report_table(
             f"| {setting} | `{flags}` | {runs[0]['parameters']:,} "
             f"| {mean_and_spread(values, study.digits)} "
             f"| {', '.join(f'{value:.{study.digits}f}' for value in values)} "
-            f"| {'reference' if values is reference or setting == next(iter(results)) else judged} "
+            f"| {'reference' if setting == of else judged} "
             f"| {statistics.mean(run['seconds'] for run in runs):.0f} |"
         )
     lines += [
@@ -664,30 +663,39 @@ def write_history(path: Path, results: dict[str, list[dict]]) -> None:
         writer.writerows(rows)
 
 
+def metric_of(run: dict) -> str:
+    """Word what a run was measured by: "accuracy, %"."""
+    name = run["headline_name"].strip()
+    return f"{name if name.isupper() else name.lower()}, {run['headline_unit'].strip()}"
+
+
 def draw_figure(name: str, path: Path, results: dict[str, list[dict]]) -> None:
-    """Draw a bar for every setting, its deviation and a point for every seed."""
+    """Draw the mean of every setting, its deviation and a point for every seed."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(results)), layout="constrained")
-    axis = figure.subplots()
+    axis, first = figure.subplots(), next(iter(results.values()))[0]
+    from_zero = first["headline_unit"].strip() == "%"
+    kinds: dict[str, str] = {}
     for place, (setting, runs) in enumerate(results.items()):
         values = [run["value"] for run in runs]
-        color = (
-            "tab:orange"
-            if re.search(r"--layer Conv[12]d\b", STUDIES[name].settings[setting])
-            else "tab:blue"
-        )
-        error = spread(values) if len(values) > 1 else 0.0
-        axis.barh(place, statistics.mean(values), xerr=error, color=color, alpha=0.6, capsize=3)
+        plain = re.search(r"--layer Conv[12]d\b", STUDIES[name].settings[setting])
+        color = "tab:orange" if plain else "tab:blue"
+        kinds[color] = "convolution" if plain else "other layers"
+        mean, error = statistics.mean(values), spread(values) if len(values) > 1 else 0.0
+        if from_zero:
+            axis.barh(place, mean, xerr=error, color=color, alpha=0.6, capsize=3)
+        else:
+            axis.errorbar(mean, place, xerr=error, fmt="o", color=color, capsize=3, markersize=7)
         axis.plot(values, [place] * len(values), "k.", markersize=4)
     axis.set_yticks(range(len(results)), list(results))
-    axis.invert_yaxis()
-    first = next(iter(results.values()))[0]
-    axis.set(
-        xlabel=f"test {first['headline_name'].lower()}, {first['headline_unit']}: mean, sd, seeds",
-        title=STUDIES[name].answers,
-    )
-    axis.title.set_fontsize(9)
+    axis.set_ylim(len(results) - 0.5, -0.5)
+    axis.set_xlabel(f"test {metric_of(first)}: mean, sd, seeds")
+    figure.suptitle(fill(STUDIES[name].answers, 90), fontsize=9)
+    if len(kinds) > 1:
+        handles = [Patch(color=color, alpha=0.6, label=text) for color, text in kinds.items()]
+        figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
@@ -711,20 +719,25 @@ def draw_costs(
 
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axis = figure.subplots()
+    points, colors = [], []
     for setting, runs in results.items():
         values = [run["value"] for run in runs]
         error = spread(values) if len(values) > 1 else 0.0
         place = (costs[setting]["step_ms"], statistics.mean(values))
         marker = "s" if setting.startswith("Vi") else "o"
-        axis.errorbar(*place, yerr=error, marker=marker, capsize=3, linestyle="none")
-        axis.annotate(setting, place, (4, 4), textcoords="offset points", fontsize=7)
+        drawn = axis.errorbar(*place, yerr=error, marker=marker, capsize=3, linestyle="none")
+        points.append(place)
+        colors.append(drawn[0].get_color())
     first = next(iter(results.values()))[0]
     axis.set(
         xscale="log",
         xlabel="milliseconds of a training step, one thread",
-        ylabel=f"test {first['headline_name'].lower()}, {first['headline_unit']}",
+        ylabel=f"test {metric_of(first)}",
     )
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.xaxis.set_minor_formatter("{x:.0f}")
     axis.grid(alpha=0.3, which="both")
+    label_points(axis, points, list(results), colors)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
