@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,21 @@ class RunFolder:
         path = (self.path if self.writes else Path(self._scratch.name)) / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_result(self, name: str, text: str) -> Path:
+        """Write what a test found; what an earlier one found is kept as NAME.1.EXT and so on."""
+        path = self.file(name)
+        if path.exists():
+            former = path.read_bytes()
+            if former == text.encode("utf-8"):
+                return path
+            number = next(
+                n for n in count(1) if not path.with_suffix(f".{n}{path.suffix}").exists()
+            )
+            with writing(path):
+                link_or_copy(path, path.with_suffix(f".{number}{path.suffix}"))
+        write_text(path, text)
         return path
 
     def writable(self) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "autocast",
     "compute_flops",
     "count_parameters",
+    "csv_text",
     "describe_model",
     "format_args",
     "free_memory",
@@ -231,6 +232,15 @@ def parse_args_text(text: str) -> dict[str, str]:
     return values
 
 
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out rows as CSV; the first one decides the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 class CsvLog:
     """A CSV file with one row per event, flushed as it is written.
 
@@ -244,11 +254,7 @@ class CsvLog:
         self.path = Path(path)
         self.fields: list[str] = list(rows[0]) if rows else []
         if rows:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self.fields, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(self.path, text.getvalue())
+            write_text(self.path, csv_text(rows))
         else:
             self.path.unlink(missing_ok=True)
 

@@ -31,7 +31,7 @@ from tasks.geometry import (
     recover_pose,
 )
 from tasks.task import Evaluate, Finding, Needs, Task
-from utils import CsvLog, atomic_path
+from utils import atomic_path, csv_text
 
 __all__ = [
     "CorrespondenceOptions",
@@ -510,7 +510,7 @@ class CorrespondenceTask(Task):
                     draw_matches(path, matches[i], kept[i], distances[i] < INLIER)
 
         metrics = evaluate(data.test, observe=observe)
-        CsvLog(run.file("per_pair.csv"), rows)
+        run.write_result("per_pair.csv", csv_text(rows))
         lines = [
             "Protocol: a match is right where its symmetric epipolar distance is below "
             f"{INLIER:g}; kept where its logit is positive; the pose is that of the weighted "

@@ -17,7 +17,7 @@ from dataset import Data, DataError
 from options import Options, option
 from run_folder import RunFolder
 from tasks.task import Finding, Task
-from utils import read_text_file, write_text
+from utils import read_text_file
 
 __all__ = [
     "LanguageTask",
@@ -323,5 +323,5 @@ class LanguageTask(Task):
             seed=self.seed,
             device=next(model.buffers()).device,
         )
-        write_text(run.file("generated.txt"), text)
+        run.write_result("generated.txt", text)
         return Finding({"generated": text}, [f"Generated: {text!r}"])

@@ -27,7 +27,7 @@ from tasks.pictures import (
 from tasks.quality import psnr, ssim
 from tasks.task import Evaluate, Finding, Needs, Task
 from tasks.tiling import check_tiles, forward_in_tiles, largest_tile
-from utils import CsvLog, save_panels
+from utils import csv_text, save_panels
 
 __all__ = [
     "CleanFoldersOptions",
@@ -815,8 +815,8 @@ class ImageReport:
 
     def lines(self) -> list[str]:
         """Write the table; return a line an image, if they are few, and a line a folder."""
-        table = CsvLog(self.run.file(self.TABLE), self.rows)
-        assert table.fields, "an evaluation has at least one image"
+        assert self.rows, "an evaluation has at least one image"
+        self.run.write_result(self.TABLE, csv_text(self.rows))
         lines = []
         folders: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:

@@ -266,6 +266,7 @@ def test_text(grow, story, encoding):
     )
     assert again["test"]["top1"] == pytest.approx(results["best"])
     assert (folder / "generated.txt").read_text() == generated[:27]
+    assert (folder / "generated.1.txt").read_text() == generated, "the earlier one is kept"
 
 
 def test_prompt_is_padded_and_said_once(grow, story, capsys):

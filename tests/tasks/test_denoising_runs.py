@@ -61,6 +61,12 @@ def test_a_run_with_held_out_images_ends_with_a_table_of_the_test_images(folders
     assert folders == [("test_clean", "2 images"), ("other", "1 image")]
     again = main(["--test_only", "--output_dir", "a", "--device", "cpu"])["test"]
     assert again == result["test"]
+    assert not Path("a/per_image.1.csv").exists(), "the same table is there once"
+    first = Path("a/per_image.csv").read_text()
+    for sigma in ("15", "50"):
+        main(["--test_only", "--output_dir", "a", "--device", "cpu", "--sigma", sigma])
+    assert Path("a/per_image.1.csv").read_text() == first
+    assert len({Path(f"a/per_image{n}.csv").read_text() for n in ("", ".1", ".2")}) == 3
 
 
 PAIRS = ["--noisy_dir", "noisy", "--clean_dir", "clean"]
