@@ -484,7 +484,8 @@ def print_opening(
         f"Data: {data.name}, {len(data.train):,} training, {held_out}{len(data.test):,} test "
         f"samples of {shape}"
     )
-    epochs = f"{values['num_epochs']} epochs of " if choice.trainer_type.has_loss else ""
+    number = values["num_epochs"]
+    epochs = f"{number} epoch{'s' * (number != 1)} of " if choice.trainer_type.has_loss else ""
     threads = torch.get_num_threads()
     print(
         f"Device: {device}, {threads} thread{'s' * (threads != 1)}; "

@@ -472,6 +472,8 @@ def plot_learning_curves(
                 axis.plot(epochs, values, style, markersize=3, label=prefix)
         axis.set(xlabel="epoch", title=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(epochs) == 1:  # around a single value the locator has fractions
+            axis.set_xticks(epochs)
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     with atomic_path(path) as temporary:

@@ -154,7 +154,7 @@ def test_first_and_last_lines(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"Model: --model tiny --layer Conv2d, [\d,]+ parameters", lines[0])
     assert lines[1] == "Data: digits, 40 training, 10 validation, 30 test samples of 1x8x8"
-    assert re.fullmatch(r"Device: cpu, \d+ threads?; 1 epochs of batches of 20", lines[2])
+    assert re.fullmatch(r"Device: cpu, \d+ threads?; 1 epoch of batches of 20", lines[2])
     assert lines[3] == "Run folder: run"
     size = r"\d+\.\d [kM]B"
     kept = rf"\({size}; last\.pt {size}, best\.pt {size}, --save keeps fewer\)"
