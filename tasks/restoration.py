@@ -46,6 +46,7 @@ __all__ = [
 
 # A network that changes less, as a share of the damage, has not learnt to restore.
 LEAST_CHANGE = 0.25
+LEAST_SQUARE = 1e-8  # added to the mean square of a crop: its PSNR as a loss ends at 80 dB
 
 # Damages clean images (B, C, H, W) or (C, H, W), drawing from a generator or the global one.
 Degrade = Callable[[Tensor, torch.Generator | None], Tensor]
@@ -435,9 +436,15 @@ class RestorationOptions(Options):
         least=1,
         most=10**6,
     )
+    loss: str = option(
+        "mse",
+        "squared error, absolute error, or minus the PSNR of each crop: every level of damage "
+        "then weighs the same",
+        choices=("mse", "l1", "psnr"),
+    )
     loss_reduction: str = option(
         "sum",
-        "squared error: half the sum over an image times --loss_scale (published), or mean",
+        "of --loss mse: half the sum over an image times --loss_scale (published), or mean",
         choices=("sum", "mean"),
     )
     loss_scale: float = option(0.25, "see --loss_reduction", least=0, most=1e12)
@@ -474,6 +481,11 @@ class RestorationOptions(Options):
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
         """Refuse runs that cannot work."""
+        if values["loss"] != "mse" and values["loss_reduction"] != "sum":
+            raise ValueError(
+                f"--loss_reduction {values['loss_reduction']} is of --loss mse, not of --loss "
+                f"{values['loss']}, which is a mean anyway: leave it out."
+            )
         source, target = values["input"], values["output"]
         if (source is None) != (target is None):
             raise ValueError(
@@ -488,7 +500,7 @@ class RestorationOptions(Options):
 
 
 class RestorationTask(Task):
-    """Degraded and clean images in [0, 1]; squared error, PSNR and SSIM.
+    """Degraded and clean images in [0, 1]; a loss, PSNR and SSIM.
 
     A subclass says `degrade` and words the damage.
 
@@ -496,8 +508,10 @@ class RestorationTask(Task):
         color: Three channels instead of one.
         crop_size: Side of training crops in pixels.
         crops_per_image: Crops of each image in an epoch.
-        loss_reduction: "sum": half the sum of squares of each image times `loss_scale`, averaged
-            over images (published); "mean": the mean square.
+        loss: "mse": squared error; "l1": the mean absolute error; "psnr": minus the PSNR of each
+            image in dB, averaged, so that all levels of damage weigh the same.
+        loss_reduction: Of "mse". "sum": half the sum of squares of each image times `loss_scale`,
+            averaged over images (published); "mean": the mean square.
         loss_scale: See loss_reduction; published is 0.25 for crops of 80×80.
         tile: Restore in evaluation by tiles of this side; 0: whole images; "auto": whole images as
             far as half the free memory goes, then tiles as large as it allows.
@@ -528,6 +542,7 @@ class RestorationTask(Task):
         color: bool = False,
         crop_size: int = 80,
         crops_per_image: int = 128,
+        loss: str = "mse",
         loss_reduction: str = "sum",
         loss_scale: float = 0.25,
         tile: int | str = 0,
@@ -538,7 +553,7 @@ class RestorationTask(Task):
     ) -> None:
         super().__init__(seed=seed)
         self.color, self.crop_size, self.crops_per_image = color, crop_size, crops_per_image
-        self.loss_reduction, self.loss_scale = loss_reduction, loss_scale
+        self.loss_kind, self.loss_reduction, self.loss_scale = loss, loss_reduction, loss_scale
         self.tile, self.save_images, self.self_ensemble = tile, save_images, self_ensemble
         self.tile_overlap = tile_overlap
         self.shows_tiles = False
@@ -627,8 +642,13 @@ class RestorationTask(Task):
         return inputs[:, : self.channels]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean over images of their squared error."""
-        squares = (outputs.float() - targets).square()
+        """Return the mean of what ``--loss`` says over images."""
+        errors = outputs.float() - targets
+        if self.loss_kind == "l1":
+            return errors.abs().mean()
+        squares = errors.square()
+        if self.loss_kind == "psnr":
+            return 10 * (squares.flatten(1).mean(1) + LEAST_SQUARE).log10().mean()
         if self.loss_reduction == "mean":
             return squares.mean()
         return squares.sum() * (0.5 * self.loss_scale / len(squares))

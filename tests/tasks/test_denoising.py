@@ -1,11 +1,14 @@
 """Denoising: loss, crops, noise."""
 
+import math
+
 import pytest
 import torch
 from small_n3 import TINY
 
 from models import N3Net
 from tasks.denoising import DenoisingTask
+from tasks.quality import psnr
 from tasks.restoration import DegradedCrops, DegradedImages
 from trainers import build_optimizer, build_scheduler
 
@@ -17,6 +20,16 @@ def test_loss_optimizer_and_schedule():
     a, b = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 8, 8)
     close(task.loss(a, b), 0.25 * 0.5 * (a - b).square().sum((1, 2, 3)).mean())
     close(DenoisingTask(loss_reduction="mean").loss(a, b), (a - b).square().mean())
+    close(DenoisingTask(loss="l1").loss(a, b), (a - b).abs().mean())
+    close(DenoisingTask(loss="psnr").loss(a, b), -psnr(a, b).mean(), rtol=1e-5, atol=1e-5)
+    a.requires_grad_()
+    DenoisingTask(loss="psnr").loss(a, b).backward()
+    # Each image weighs by the inverse of its own mean square.
+    expected = torch.stack(
+        [2 * (x - y) / (x - y).square().sum() for x, y in zip(a, b, strict=True)]
+    )
+    close(a.grad, expected.detach() * 10 / math.log(10) / 3, rtol=1e-4, atol=1e-7)
+    assert DenoisingTask(loss="psnr").loss(b, b) == -80
     model = N3Net(**TINY)
     options = {"lr": 1e-3, "weight_decay": 1e-4, "momentum": 0.9}
     optimizer = build_optimizer(model, "adam", decay_bias=False, **options)

@@ -95,6 +95,8 @@ def test_a_range_is_kept_and_drawn_from(folders):
         ["--noise_type", "salt_pepper", "--noise_amount", 0.1, 0.3],
         ["--noise_type", "jpeg", "--jpeg_quality", 10, 40, "--color"],
         ["--sigma_map", "--sigma", 5, 55, "--color"],
+        ["--sigma", 5, 55, "--loss", "psnr"],
+        ["--loss", "l1"],
         ["--sigma_map", "--model", "n3net", "--num_blocks", 0],
     ],
 )
@@ -155,6 +157,7 @@ def test_real_noise(folders):
         (["--estimate_sigma"], "--estimate_sigma is for --input"),
         (["--tile", "big"], "--tile: invalid"),
         (["--fold", "0"], "--fold: must be at least 1"),
+        (["--loss", "l1", "--loss_reduction", "mean"], "--loss_reduction mean is of --loss mse"),
     ],
 )
 def test_bad_input(folders, refused, flags, message):
