@@ -466,7 +466,7 @@ def print_closing(folder: RunFolder) -> None:
     print(f"All of it is in {folder.path} ({size}).")
     if folder.saves != "none":
         print(f"Test it:    python main.py --test_only --output_dir {where}")
-    print(f"Compare it: python scripts/compare_runs.py {where} OTHER_FOLDERS")
+    print(f"Compare it: python scripts/compare_runs.py {where}  # and other folders")
 
 
 def print_opening(

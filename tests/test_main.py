@@ -161,7 +161,7 @@ def test_first_and_last_lines(run, capsys):
     assert re.fullmatch(rf"All of it is in run {kept}\.", lines[-3])
     assert lines[-2:] == [
         "Test it:    python main.py --test_only --output_dir run",
-        "Compare it: python scripts/compare_runs.py run OTHER_FOLDERS",
+        "Compare it: python scripts/compare_runs.py run  # and other folders",
     ]
 
 
