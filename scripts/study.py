@@ -335,7 +335,7 @@ STUDIES = {
         table="per_image.csv",
         measures={"PSNR, noisy": "noisy_psnr", "PSNR": "psnr", "SSIM": "ssim"},
         by_folder="image",
-        curves=2,
+        curves=4,
         digits=2,
     ),
     "shapes3d": Study(
@@ -521,8 +521,9 @@ def measure_lines(results: dict[str, list[dict]], digits: int) -> list[str]:
     for title in titles:
         cells = []
         for runs in results.values():
-            values = [run["measures"][title] for run in runs]
-            cells.append(mean_and_spread(values, 4 if max(values) < 1 else digits))
+            values = [run["measures"][title] for run in runs if title in run["measures"]]
+            few = 4 if max(values, default=1) < 1 else digits
+            cells.append(mean_and_spread(values, few) if values else "not measured")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return [*lines, ""]
 
