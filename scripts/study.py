@@ -322,8 +322,9 @@ STUDIES = {
         "Which denoiser learns most from equally many steps? (sigma 25, Train400; Set12 and BSD68)",
         "about 4 hours on one thread",
         "--preset dncnn17 --dataset denoise --train_dir Data/Train400 "
-        "--test_dir Data/Set12 Data/BSD68 --sigma 25 --crop_size 48 --crops_per_image 4 --batch_size 2 --val_split 0.02 --device cpu "
-        "--num_epochs 10 --lr 1e-3 --scheduler cosine",
+        "--test_dir Data/Set12 Data/BSD68 --sigma 25 --crop_size 48 --crops_per_image 4 "
+        "--batch_size 2 --val_split 0.02 --device cpu --num_epochs 10 --lr 1e-3 "
+        "--scheduler cosine",
         {
             "DnCNN-17": "--preset dncnn17",
             "KNN block": "--preset knn_dncnn",
