@@ -190,20 +190,18 @@ class RunFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def write_result(self, name: str, text: str) -> Path:
+    def write_result(self, name: str, text: str) -> None:
         """Write what a test found; what an earlier one found is kept as NAME.1.EXT and so on."""
         path = self.file(name)
         if path.exists():
-            former = path.read_bytes()
-            if former == text.encode("utf-8"):
-                return path
+            if path.read_bytes() == text.encode("utf-8"):
+                return
             number = next(
                 n for n in count(1) if not path.with_suffix(f".{n}{path.suffix}").exists()
             )
             with writing(path):
                 link_or_copy(path, path.with_suffix(f".{number}{path.suffix}"))
         write_text(path, text)
-        return path
 
     def writable(self) -> bool:
         """Say whether files can be written here, by writing one."""

@@ -15,7 +15,6 @@ import argparse
 import base64
 import csv
 import html
-import io
 import json
 import statistics
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from run_folder import RunFolder
-from utils import atomic_path, parse_args_text, write_text
+from utils import atomic_path, csv_text, parse_args_text, write_text
 
 UNINTERESTING = ("output_dir", "num_workers", "data_path", "device")
 TABLES = ("markdown", "csv", "latex")
@@ -166,11 +165,7 @@ def as_markdown(rows: list[dict[str, str]]) -> str:
 
 def as_csv(rows: list[dict[str, str]]) -> str:
     """Lay out rows as CSV."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue().rstrip("\n")
+    return csv_text(rows).rstrip("\n")
 
 
 def as_latex(rows: list[dict[str, str]]) -> str:
