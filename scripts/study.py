@@ -110,6 +110,7 @@ RIVALS = {
     "Branching_Attn": "--layer Branching_Attn --width 23",
 }
 
+RATIOS = {f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}" for eighths in range(9)}
 GRAPHS = "--model vig_tiny --patch_size 4 --width 0.04 --K 4 --drop_path 0 --weight_decay 1e-6"
 FAMILY = {
     "Conv2d": f"{NETWORK} --layer Conv2d --width 24",
@@ -242,7 +243,7 @@ STUDIES = {
         "Which part of the channels should neighbors make? (published: 0.5 on CIFAR-10)",
         "about 17 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset recall",
-        {f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}" for eighths in range(9)},
+        RATIOS,
         reference="ratio 0.5",
     ),
     "branch_ratio_cifar": Study(
@@ -250,14 +251,14 @@ STUDIES = {
         "about 5 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset npz --data_path Data/cifar10.npz --resize 16 "
         "--limit_train 5000",
-        {f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}" for eighths in range(9)},
+        RATIOS,
         reference="ratio 0.5",
     ),
     "branch_ratio_digits": Study(
         "The same on digits",
         "about 2 minutes on one thread",
         f"{SMALL} {BRANCHING} --dataset digits --num_epochs 20",
-        {f"ratio {eighths / 8:g}": f"--branch_ratio {eighths / 8:g}" for eighths in range(9)},
+        RATIOS,
         reference="ratio 0.5",
     ),
     "K": Study(
